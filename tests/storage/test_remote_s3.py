@@ -1,0 +1,39 @@
+"""The contract on a real S3 server, when GEOMERGE_TEST_S3_URL names a prefix; the AWS_* variables have the rest."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable
+
+import pytest
+
+from pipeline.storage import Store, open_store
+
+from .contract import MEGABYTE, StoreContract
+
+if "GEOMERGE_TEST_S3_URL" not in os.environ:
+    pytest.skip("GEOMERGE_TEST_S3_URL names no bucket", allow_module_level=True)
+
+
+class TestS3(StoreContract):
+    """What every store must do, on a real server."""
+
+    @pytest.fixture
+    def make_store(self) -> Callable[[], Store]:
+        url = f"{os.environ['GEOMERGE_TEST_S3_URL']}/{uuid.uuid4().hex}"
+        return lambda: open_store(url)
+
+    def test_objects_of_several_parts(self, store: Store) -> None:
+        with store.open_writer("large") as writer:
+            for _ in range(70):
+                writer.write(MEGABYTE)
+            assert not store.exists("large")
+            writer.commit()
+        assert store.stat("large").size_bytes == 70 << 20
+        assert store.read("large", (33 << 20) - 3, (33 << 20) + 3) == MEGABYTE[-3:] + MEGABYTE[:3]
+        abandoned = store.open_writer("gone")
+        for _ in range(40):
+            abandoned.write(MEGABYTE)
+        abandoned.abort()
+        assert store.list() == ("large",)

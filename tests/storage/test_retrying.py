@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import errno
+import time
+
+import aiohttp
+import botocore.exceptions
+import pytest
+
+from pipeline.storage.retrying import RetryPolicy, cause_of, is_permanent
+
+QUICK = RetryPolicy(first_pause_s=0.001, longest_pause_s=0.002)
+
+
+def failing(errors: list[BaseException], calls: list[float]) -> object:
+    def request(seconds: float) -> str:
+        calls.append(seconds)
+        if errors:
+            raise errors.pop(0)
+        return "done"
+
+    return request
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EBUSY, "Slow Down"),
+        ConnectionResetError("reset"),
+        TimeoutError(),
+        aiohttp.ClientPayloadError("cut"),
+        botocore.exceptions.EndpointConnectionError(endpoint_url="http://x"),
+    ],
+)
+def test_passing_faults_are_tried_again(error: BaseException) -> None:
+    calls: list[float] = []
+    assert QUICK.run(failing([error, error], calls)) == "done"
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("a"),
+        PermissionError("no"),
+        OSError(errno.EINVAL, "range"),
+        RuntimeError("unsupported"),
+        botocore.exceptions.NoCredentialsError(),
+        ValueError("a fault of ours"),
+    ],
+)
+def test_lasting_faults_are_not(error: BaseException) -> None:
+    calls: list[float] = []
+    with pytest.raises(type(error)):
+        QUICK.run(failing([error], calls))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(("status", "permanent"), [(404, True), (403, True), (429, False), (408, False), (503, False)])
+def test_http_answers(status: int, permanent: bool) -> None:
+    error = OSError("answer")
+    error.status = status  # type: ignore[attr-defined]
+    assert is_permanent(error) is permanent
+
+
+def test_attempts_are_limited_and_the_last_error_is_raised() -> None:
+    calls: list[float] = []
+    with pytest.raises(OSError, match="4"):
+        QUICK.run(failing([OSError(str(number)) for number in range(9)], calls))
+    assert len(calls) == QUICK.attempts
+
+
+def test_one_deadline_bounds_all_attempts() -> None:
+    policy = RetryPolicy(deadline_s=0.2, attempt_s=0.15, attempts=1000, first_pause_s=0.01, longest_pause_s=0.05)
+    calls: list[float] = []
+    begin = time.monotonic()
+    with pytest.raises(OSError, match="busy"):
+        policy.run(failing([OSError("busy")] * 1000, calls))
+    # Far from the 5 s and more of a thousand attempts, even on a loaded machine.
+    assert time.monotonic() - begin < 3
+    assert 1 < len(calls) < 1000
+    assert max(calls) <= 0.15
+
+
+def test_causes_in_words() -> None:
+    assert cause_of(OSError(errno.EBUSY, "Slow Down")) == "Slow Down (OSError)"
+    assert cause_of(TimeoutError()) == "no answer in time (TimeoutError)"
+    assert cause_of(ConnectionResetError()) == "ConnectionResetError"
+    assert cause_of(aiohttp.ClientPayloadError("cut")) == "cut (ClientPayloadError)"
