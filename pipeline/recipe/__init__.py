@@ -1,0 +1,29 @@
+"""Recipes: what to merge and how, in mergekit's words, read strictly.
+
+Owns the YAML format, its checks and the evaluation of its settings. Must not know checkpoints, storage or any method:
+methods hand in their `MethodSchema`.
+"""
+
+from pipeline.recipe.content import ModelEntry, NamedPatterns, PipelineSettings, Recipe
+from pipeline.recipe.json_schema import recipe_schema
+from pipeline.recipe.parameters import MethodSchema, Parameter
+from pipeline.recipe.recipe import canonical, parse_recipe
+from pipeline.recipe.settings import model_numbers, resolve, unused_filters
+from pipeline.recipe.values import model_key, without_credentials
+
+__all__ = [
+    "MethodSchema",
+    "ModelEntry",
+    "NamedPatterns",
+    "Parameter",
+    "PipelineSettings",
+    "Recipe",
+    "canonical",
+    "model_key",
+    "model_numbers",
+    "parse_recipe",
+    "recipe_schema",
+    "resolve",
+    "unused_filters",
+    "without_credentials",
+]

@@ -1,0 +1,209 @@
+"""What a recipe holds, as frozen models: the keys, their types and their defaults.
+
+Owns the fields of `Recipe` and their descriptions; knows neither files and lines nor which methods exist. Keys are
+mergekit's; what mergekit has no word for stands under `pipeline:`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+
+from pipeline.recipe.values import (
+    RefusalError,
+    describe,
+    model_key,
+    read_dtype,
+    read_model,
+    read_number,
+    read_size,
+    read_word,
+)
+
+SCOPES = ("model", "block", "tensor")
+DISTANCES = ("gram", "stream")
+NON_FINITE = ("error", "base")
+# mergekit's default, and what the Hugging Face hub and its tools are used to.
+DEFAULT_FILE_SIZE_BYTES = 5_000_000_000
+# Far below what any output type can show (2^-24 for float32) and well within reach of the solver.
+DEFAULT_TOLERANCE = 1e-10
+
+
+def _word(*allowed: str) -> BeforeValidator:
+    def check(raw: object) -> str:
+        return read_word(raw, allowed)
+
+    return BeforeValidator(check)
+
+
+def _optional(read: Callable[[object], object]) -> BeforeValidator:
+    def check(raw: object) -> object:
+        return None if raw is None else read(raw)
+
+    return BeforeValidator(check)
+
+
+def _read_scale(raw: object) -> float | str:
+    if raw == "norm":
+        return "norm"
+    if isinstance(raw, (bool, str, list, dict)) or raw is None:
+        try:
+            return read_number(raw)
+        except RefusalError as error:
+            raise RefusalError(f'must be a number or "norm", not {describe(raw)}') from error
+    return read_number(raw)
+
+
+def _read_tolerance(raw: object) -> float:
+    tolerance = read_number(raw)
+    if not 0.0 < tolerance < 1.0:
+        raise RefusalError(f"must lie between 0 and 1, not {describe(raw)}", f"the default is {DEFAULT_TOLERANCE}")
+    return tolerance
+
+
+def _read_tokenizer_source(raw: object) -> str:
+    if raw == "union":
+        raise RefusalError(
+            "cannot be `union`: all models must share one vocabulary, and embeddings are merged row by row",
+            "write `base` or the path of one of the models",
+        )
+    return read_model(raw)
+
+
+def _read_name(raw: object) -> str:
+    if not isinstance(raw, str) or not raw.strip():
+        raise RefusalError(f"must be text, not {describe(raw)}")
+    return raw
+
+
+def _empty_when_null(raw: object) -> object:
+    return {} if raw is None else raw
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True, allow_inf_nan=False)
+
+
+ModelPath = Annotated[str, BeforeValidator(read_model)]
+Settings = Annotated[dict[str, object], BeforeValidator(_empty_when_null)]
+Name = Annotated[str, BeforeValidator(_read_name)]
+
+
+class ModelEntry(_Frozen):
+    """One input model and its own parameters."""
+
+    model: ModelPath = Field(description="Path or URL of the model's folder.")
+    parameters: Settings = Field(default={}, description="Parameters of this model; they win over the document's.")
+
+
+class NamedPatterns(_Frozen):
+    """A named set of tensors that share one solution."""
+
+    name: Name = Field(description="Name of the set, for reports.")
+    tensors: tuple[Name, ...] = Field(
+        min_length=1, description="Patterns of tensor names; * stands for any text, ? for one character."
+    )
+
+
+def _check_names(sets: tuple[NamedPatterns, ...]) -> tuple[NamedPatterns, ...]:
+    names = [patterns.name for patterns in sets]
+    twice = [name for position, name in enumerate(names) if name in names[:position]]
+    if twice:
+        raise RefusalError(f"has two sets with the name {describe(twice[0])}", "give each set its own name")
+    return sets
+
+
+def _scope_kind(raw: object) -> str:
+    return "sets" if isinstance(raw, (list, tuple)) else "word"
+
+
+Scope = Annotated[
+    Annotated[Literal["model", "block", "tensor"], _word(*SCOPES), Tag("word")]
+    | Annotated[tuple[NamedPatterns, ...], Field(min_length=1), AfterValidator(_check_names), Tag("sets")],
+    Discriminator(_scope_kind),
+]
+
+
+class PipelineSettings(_Frozen):
+    """What mergekit has no word for; everything here changes the result or its layout, or its projection."""
+
+    scope: Scope = Field(
+        default="model",
+        description="What shares one solution: the whole model, each block, each tensor, or named sets of tensors.",
+    )
+    distances: Annotated[Literal["gram", "stream"], _word(*DISTANCES)] = Field(
+        default="gram",
+        description="gram: one pass measures all pairwise distances; stream: every iteration measures its own.",
+    )
+    scale: Annotated[float | Literal["norm"], BeforeValidator(_read_scale)] = Field(
+        default=1.0,
+        description="Factor on the merged task vector; norm derives it from the norms of the inputs.",
+    )
+    tolerance: Annotated[float, BeforeValidator(_read_tolerance)] = Field(
+        default=DEFAULT_TOLERANCE, description="Relative gap that the certificate must prove, between 0 and 1."
+    )
+    file_size_bytes: Annotated[int, BeforeValidator(read_size)] = Field(
+        default=DEFAULT_FILE_SIZE_BYTES,
+        validation_alias="file_size",
+        serialization_alias="file_size",
+        description="Largest size of one output file, for example 5GB.",
+    )
+    non_finite: Annotated[Literal["error", "base"], _word(*NON_FINITE)] = Field(
+        default="error",
+        description="What to do with a NaN or infinite parameter: stop, or take the base model's value.",
+    )
+    bandwidth_bytes: Annotated[int | None, _optional(read_size)] = Field(
+        default=None,
+        validation_alias="bandwidth",
+        serialization_alias="bandwidth",
+        description="Bytes per second of the storage, for the projected time; measured when absent.",
+    )
+
+
+class Recipe(_Frozen):
+    """One merge, as the user wrote it, with all defaults filled in."""
+
+    merge_method: Name = Field(description="The merge method.")
+    base_model: Annotated[str | None, _optional(read_model)] = Field(
+        default=None, description="The model that task vectors start from; also gives config and tokenizer."
+    )
+    models: tuple[ModelEntry, ...] = Field(min_length=1, description="The input models, in the order of the report.")
+    parameters: Settings = Field(default={}, description="Parameters for all models.")
+    dtype: Annotated[str | None, _optional(read_dtype)] = Field(
+        default=None, description="Type the inputs are cast to."
+    )
+    out_dtype: Annotated[str | None, _optional(read_dtype)] = Field(
+        default=None, description="Type of the output; dtype when absent."
+    )
+    tokenizer_source: Annotated[str | None, _optional(_read_tokenizer_source)] = Field(
+        default=None, description="Whose tokenizer is copied: base, or one of the models."
+    )
+    pipeline: Annotated[PipelineSettings, BeforeValidator(_empty_when_null)] = Field(
+        default=PipelineSettings(), description="What mergekit has no word for."
+    )
+    warnings: tuple[str, ...] = Field(default=(), exclude=True, description="What the reader noticed; no key.")
+
+    @property
+    def base_is_input(self) -> bool:
+        """Whether `linear` averages the base too: mergekit appends a base that is not listed to the inputs."""
+        listed = [model_key(entry.model) for entry in self.models]
+        return (
+            self.merge_method == "linear"
+            and self.base_model is not None
+            and model_key(self.base_model) not in listed
+            and "weight" in self.parameters
+        )
+
+
+def keys_of(model: type[BaseModel]) -> tuple[str, ...]:
+    """Return the keys a mapping of the recipe may have, as they are written in YAML.
+
+    Args:
+        model: One of this module's models.
+
+    Returns:
+        The keys, in the order of documentation.
+    """
+    return tuple(str(field.validation_alias or name) for name, field in model.model_fields.items() if not field.exclude)

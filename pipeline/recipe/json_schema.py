@@ -1,0 +1,210 @@
+"""The JSON Schema of recipes, for editors.
+
+Owns the translation of keys, parameters and their descriptions to JSON Schema (draft 2020-12). Decides nothing: what
+only a reader with context can see (repeated models, references to models) is left to `parse_recipe`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import BaseModel
+
+from pipeline.recipe.checks import IDLE, IDLE_PARAMETERS, STATISTICS_KEYS
+from pipeline.recipe.content import (
+    DISTANCES,
+    NON_FINITE,
+    SCOPES,
+    ModelEntry,
+    NamedPatterns,
+    PipelineSettings,
+    Recipe,
+    keys_of,
+)
+from pipeline.recipe.parameters import MethodSchema, Parameter
+from pipeline.recipe.values import DTYPES, NUMBER_PATTERN
+
+Schema = dict[str, object]
+
+_TEXT: Schema = {"type": "string", "pattern": r"\S"}
+_NULL: Schema = {"type": "null"}
+_NUMBER_TEXT: Schema = {"type": "string", "pattern": rf"^\s*{NUMBER_PATTERN}\s*$"}
+# The mantissa must hold a digit that is not 0, without a minus sign in front.
+_POSITIVE_TEXT: Schema = {"type": "string", "pattern": rf"^\s*(?=\+?[0-9.]*[1-9]){NUMBER_PATTERN}\s*$"}
+# The units of pipeline.units, in any case.
+_SIZE_TEXT: Schema = {"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*([KMGTPkmgtp]([Ii]?[Bb])?|[Bb])?\s*$"}
+_SIZE: Schema = {"anyOf": [{"type": "integer", "minimum": 1}, _SIZE_TEXT]}
+# In a plain path "+" and "@" would mean an adapter and a revision; in a URL only "+" does.
+_PATH: Schema = {"type": "string", "allOf": [{"pattern": r"\S"}, {"pattern": r"^((?!.*://)[^+@]*|.*://[^+]*)$"}]}
+_PATH_OBJECT: Schema = {
+    "type": "object",
+    "properties": {
+        "model": {
+            "type": "object",
+            "properties": {"path": _TEXT, "revision": _NULL},
+            "required": ["path"],
+            "additionalProperties": False,
+        },
+        "lora": _NULL,
+        "override_architecture": _NULL,
+    },
+    "required": ["model"],
+    "additionalProperties": False,
+}
+_MODEL: Schema = {"anyOf": [_PATH, _PATH_OBJECT]}
+_DTYPE: Schema = {"enum": [None, *DTYPES, *(f"torch.{name}" for name in DTYPES)]}
+_FRACTION: Schema = {"anyOf": [{"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}, _POSITIVE_TEXT]}
+_OPTIONAL_OBJECT: Schema = {"type": ["object", "null"]}
+
+
+def recipe_schema(methods: Mapping[str, MethodSchema]) -> Schema:
+    """Return the JSON Schema of recipes for the given methods.
+
+    Args:
+        methods: All methods by name.
+
+    Returns:
+        A schema of draft 2020-12 that accepts the same words as `parse_recipe`.
+    """
+    values: dict[str, Schema] = {
+        "merge_method": {"enum": sorted(methods)},
+        "base_model": {"anyOf": [_NULL, _MODEL]},
+        "models": {"type": "array", "minItems": 1, "items": _entry_schema()},
+        "parameters": _OPTIONAL_OBJECT,
+        "dtype": _DTYPE,
+        "out_dtype": _DTYPE,
+        "tokenizer_source": {"anyOf": [_NULL, {"allOf": [_MODEL, {"not": {"const": "union"}}]}]},
+        "pipeline": _pipeline_schema(),
+    }
+    content = _object_schema(Recipe, values, ("merge_method", "models"))
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "geomerge recipe",
+        **_with_idle(content),
+        "allOf": [*(_method_schema(method) for method in methods.values()), *_base_conditions()],
+    }
+
+
+def _object_schema(model: type[BaseModel], values: Mapping[str, Schema], required: tuple[str, ...]) -> Schema:
+    """Return a closed object whose keys are those of `model`, each described as there."""
+    fields = (field for field in model.model_fields.values() if not field.exclude)
+    descriptions = dict(zip(keys_of(model), (field.description or "" for field in fields), strict=True))
+    properties = {key: {"description": text, **values[key]} for key, text in descriptions.items()}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(required),
+        "additionalProperties": False,
+    }
+
+
+def _with_idle(schema: Schema) -> Schema:
+    idle = {key: {"deprecated": True, "description": "Has no effect."} for key in IDLE}
+    properties = schema["properties"]
+    return {**schema, "properties": {**properties, **idle}} if isinstance(properties, dict) else schema
+
+
+def _entry_schema() -> Schema:
+    return _with_idle(_object_schema(ModelEntry, {"model": _MODEL, "parameters": _OPTIONAL_OBJECT}, ("model",)))
+
+
+def _pipeline_schema() -> Schema:
+    sets = _object_schema(
+        NamedPatterns,
+        {"name": _TEXT, "tensors": {"type": "array", "minItems": 1, "items": _TEXT}},
+        ("name", "tensors"),
+    )
+    number: Schema = {"anyOf": [{"type": "number"}, _NUMBER_TEXT]}
+    values: dict[str, Schema] = {
+        "scope": {"anyOf": [{"enum": list(SCOPES)}, {"type": "array", "minItems": 1, "items": sets}]},
+        "distances": {"enum": list(DISTANCES)},
+        "scale": {"anyOf": [*_branches(number), {"const": "norm"}]},
+        "tolerance": _FRACTION,
+        "file_size": _SIZE,
+        "non_finite": {"enum": list(NON_FINITE)},
+        "bandwidth": {"anyOf": [_NULL, *_branches(_SIZE)]},
+    }
+    return {**_object_schema(PipelineSettings, values, ()), "type": ["object", "null"]}
+
+
+def _branches(schema: Schema) -> list[Schema]:
+    branches = schema["anyOf"]
+    return list(branches) if isinstance(branches, list) else [schema]
+
+
+def _method_schema(method: MethodSchema) -> Schema:
+    """Return what holds in addition when this method is chosen."""
+    own = {parameter.name: parameter for parameter in method.parameters if parameter.per_model}
+    document = _settings_schema({parameter.name: parameter for parameter in method.parameters})
+    entry: Schema = {"type": "object", "properties": {"parameters": _settings_schema(own)}}
+    properties: Schema = {"parameters": document, "models": {"type": "array", "items": entry}}
+    if not method.uses_statistics:
+        properties["pipeline"] = {"properties": dict.fromkeys(STATISTICS_KEYS, False)}
+    then: Schema = {"properties": properties}
+    required = [_required_schema(parameter) for parameter in method.parameters if parameter.default is None]
+    # JSON Schema allows no empty allOf.
+    if required:
+        then["allOf"] = required
+    return {"if": {"properties": {"merge_method": {"const": method.name}}, "required": ["merge_method"]}, "then": then}
+
+
+def _settings_schema(parameters: Mapping[str, Parameter]) -> Schema:
+    settings = {name: _setting_schema(parameter) for name, parameter in parameters.items()}
+    idle: dict[str, Schema] = {
+        name: {"deprecated": True, "description": "Has no effect."} for name in IDLE_PARAMETERS if name not in settings
+    }
+    return {"type": ["object", "null"], "properties": {**settings, **idle}, "additionalProperties": False}
+
+
+def _setting_schema(parameter: Parameter) -> Schema:
+    """Return the grammar of mergekit's settings for one parameter."""
+    scalar = _scalar_schema(parameter)
+    described: Schema = {"description": parameter.description}
+    if parameter.default is not None:
+        described["default"] = parameter.default
+    if parameter.constant:
+        return {**described, **scalar}
+    gradient: Schema = {"type": "array", "minItems": 1, "items": scalar}
+    rule: Schema = {
+        "type": "object",
+        "properties": {"value": {"anyOf": [scalar, gradient]}, "filter": {"type": ["string", "null"], "minLength": 1}},
+        "required": ["value"],
+        "additionalProperties": False,
+    }
+    return {**described, "anyOf": [scalar, gradient, rule, {"type": "array", "minItems": 1, "items": rule}]}
+
+
+def _scalar_schema(parameter: Parameter) -> Schema:
+    if parameter.kind == "boolean":
+        return {"enum": [True, False, 0, 1]}
+    if parameter.positive:
+        return {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, _POSITIVE_TEXT]}
+    return {"anyOf": [{"type": "number"}, _NUMBER_TEXT]}
+
+
+def _required_schema(parameter: Parameter) -> Schema:
+    """Return that the document has the parameter, or that every model has it."""
+    given: Schema = {
+        "required": ["parameters"],
+        "properties": {"parameters": {"type": "object", "required": [parameter.name]}},
+    }
+    if not parameter.per_model:
+        return given
+    return {"anyOf": [given, {"properties": {"models": {"items": given}}}]}
+
+
+def _base_conditions() -> list[Schema]:
+    """Return what needs a base model: values of the base, a scale, the base's tokenizer."""
+    neutral: Schema = {"anyOf": [{"const": 1}, {"type": "string", "pattern": r"^\s*\+?1(\.0*)?([eE][+-]?0+)?\s*$"}]}
+    scaled: Schema = {"type": "object", "properties": {"scale": {"not": neutral}}, "required": ["scale"]}
+    replaced: Schema = {
+        "type": "object",
+        "properties": {"non_finite": {"const": "base"}},
+        "required": ["non_finite"],
+    }
+    conditions: list[Schema] = [
+        {"properties": {"pipeline": need}, "required": ["pipeline"]} for need in (scaled, replaced)
+    ]
+    conditions.append({"properties": {"tokenizer_source": {"const": "base"}}, "required": ["tokenizer_source"]})
+    based: Schema = {"properties": {"base_model": {"not": _NULL}}, "required": ["base_model"]}
+    return [{"if": condition, "then": based} for condition in conditions]

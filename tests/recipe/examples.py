@@ -1,0 +1,131 @@
+"""Methods and literal recipes that the tests of this room share."""
+
+from pipeline.errors import RecipeError
+from pipeline.recipe import MethodSchema, Parameter, Recipe, parse_recipe
+
+LINEAR = MethodSchema(
+    name="linear",
+    uses_statistics=False,
+    parameters=(
+        Parameter(name="weight", kind="number", default=1.0, per_model=True, description="Share of a model."),
+        Parameter(name="normalize", kind="boolean", default=True, per_model=False, description="Divide by the sum."),
+    ),
+)
+MEDIAN = MethodSchema(
+    name="geometric_median",
+    uses_statistics=True,
+    parameters=(
+        Parameter(
+            name="weight",
+            kind="number",
+            default=1.0,
+            per_model=True,
+            positive=True,
+            constant=True,
+            description="Weight of a model.",
+        ),
+    ),
+)
+TIES = MethodSchema(
+    name="ties",
+    uses_statistics=False,
+    parameters=(
+        Parameter(name="weight", kind="number", default=None, per_model=True, description="Weight of a model."),
+        Parameter(name="density", kind="number", default=1.0, per_model=True, positive=True, description="Kept part."),
+        Parameter(name="t", kind="number", default=None, per_model=False, description="Required for all."),
+    ),
+)
+METHODS = {method.name: method for method in (LINEAR, MEDIAN, TIES)}
+
+# Each is a whole recipe that must be accepted.
+ACCEPTED = {
+    "least": "merge_method: linear\nmodels: [{model: a}]",
+    "mergekit linear": """
+merge_method: linear
+dtype: bfloat16
+models:
+  - model: /models/ft1
+    parameters: {weight: 0.6}
+  - model: /models/ft2
+    parameters: {weight: 0.4}
+""",
+    "linear with a base as input": """
+merge_method: linear
+base_model: base
+parameters: {weight: 1, normalize: false}
+models: [{model: a}, {model: b}]
+""",
+    "every key": """
+merge_method: geometric_median
+base_model: s3://bucket/base@v1
+dtype: torch.float32
+out_dtype: bfloat16
+tokenizer_source: base
+parameters: {weight: 2}
+models:
+  - model: s3://bucket/a
+    parameters: {weight: 1e-5}
+  - model: {model: {path: "./odd+name@home"}}
+pipeline:
+  scope: block
+  distances: stream
+  scale: norm
+  tolerance: 1e-8
+  file_size: 512MiB
+  non_finite: base
+  bandwidth: 2GB
+""",
+    "named scope": """
+merge_method: geometric_median
+models: [{model: a}, {model: b}]
+pipeline:
+  scope:
+    - {name: attention, tensors: ["*.self_attn.*"]}
+    - name: rest
+      tensors: ["*"]
+""",
+    "gradients and filters": """
+merge_method: ties
+parameters: {t: 0, density: [0.1, 1]}
+models:
+  - model: a
+    parameters:
+      weight:
+        - {filter: self_attn, value: [0, 0.5, 1]}
+        - {filter: mlp, value: 0.2}
+        - value: 0.7
+  - model: b
+    parameters: {weight: {value: "1e-3", filter: "*"}}
+""",
+    "idle keys": """
+merge_method: linear
+input_model_parameters: {}
+embed_slerp: true
+models: [{model: a, residual_weight: 0.5, parameters: {embed_slerp: true}}]
+parameters: {int8_mask: true}
+""",
+    "keys left empty": """
+merge_method: linear
+base_model:
+dtype:
+parameters:
+pipeline:
+models: [{model: a, parameters: }]
+""",
+    "tokenizer of a listed model": "merge_method: linear\ntokenizer_source: b\nmodels: [{model: a}, {model: b}]",
+    "switch as a number": "merge_method: linear\nparameters: {normalize: 0}\nmodels: [{model: a}]",
+    "scale one as text": "merge_method: geometric_median\npipeline: {scale: '1.0'}\nmodels: [{model: a}]",
+}
+
+
+def parse(text: str) -> Recipe:
+    return parse_recipe(text, source="r.yaml", methods=METHODS)
+
+
+def problems(text: str) -> list[str]:
+    """Return what is wrong with a recipe, [] for a good one."""
+    try:
+        parse(text)
+    except RecipeError as error:
+        return [str(problem) for problem in error.problems]
+    return []
