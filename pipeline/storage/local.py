@@ -35,6 +35,7 @@ _READ_BYTES = 1 << 30
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: free space or choose another folder",
     errno.EDQUOT: "the disk quota is used up: free space or choose another folder",
+    errno.EFBIG: "the limit on file sizes is reached: raise it (ulimit -f) or set a smaller pipeline: {file_size: ...}",
     errno.EACCES: "check the permissions",
     errno.EPERM: "check the permissions",
     errno.EROFS: "the filesystem is read-only: choose another folder",
@@ -65,7 +66,8 @@ class LocalStore:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = os.path.abspath(folder)  # noqa: PTH100 - resolves "..", keeps symbolic links as the user wrote them
+        # Resolves "..", keeps symbolic links as the user wrote them.
+        self._folder = os.path.abspath(folder)  # noqa: PTH100
         self._files = OpenFiles()
 
     @property

@@ -187,7 +187,7 @@ class FsspecStore:
         def request(seconds: float) -> None:
             if self._deferred:
                 # These stores put an object in one step anyway, by one request where a streamed one needs three.
-                self._call("pipe_file", full, seconds=seconds, value=data)
+                self._call("pipe_file", full, data, seconds=seconds)
                 return
             with self._begin(path) as writer:
                 writer.write_raw(data)
@@ -226,13 +226,13 @@ class FsspecStore:
     def close(self) -> None:
         """See `Store`; connections belong to fsspec, which shares and closes them."""
 
-    def _call(self, verb: str, full: str, *, seconds: float, **arguments: object) -> Any:
+    def _call(self, verb: str, *positional: object, seconds: float, **arguments: object) -> Any:
         """Call a method of the filesystem, with a time limit where it understands one."""
         method = getattr(self._fs, verb)
         # Asynchronous backends wrap coroutines; the wrapper takes the limit and cancels the request.
         if inspect.iscoroutinefunction(getattr(method, "__wrapped__", None)):
             arguments["timeout"] = seconds
-        return method(full, **arguments)
+        return method(*positional, **arguments)
 
     def _attempt(self, verb: str, path: str, request: Callable[[float], _Result]) -> _Result:
         with self._translated(verb, path):

@@ -57,7 +57,9 @@ SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 
 @settings(max_examples=50, deadline=None)
 @given(shapes=st.dictionaries(st.text(max_size=8).filter(lambda name: name != "__metadata__"), SHAPES, max_size=6))
-def test_any_names_and_shapes_survive_the_official_reader(tmp_path_factory: pytest.TempPathFactory, shapes) -> None:  # type: ignore[no-untyped-def]
+def test_any_names_and_shapes_survive_the_official_reader(
+    tmp_path_factory: pytest.TempPathFactory, shapes: dict[str, tuple[int, ...]]
+) -> None:
     tensors = {
         name: torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
         for name, shape in shapes.items()
