@@ -1,0 +1,88 @@
+"""Element types: the names in a safetensors header, the names in a recipe, and torch's own.
+
+Owns the three-way table, promotion and correctly rounded casts; knows nothing of files.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# header name → (torch dtype, recipe / config.json name)
+_FLOATS: dict[str, tuple[torch.dtype, str]] = {
+    "F64": (torch.float64, "float64"),
+    "F32": (torch.float32, "float32"),
+    "BF16": (torch.bfloat16, "bfloat16"),
+    "F16": (torch.float16, "float16"),
+    "F8_E4M3": (torch.float8_e4m3fn, "float8_e4m3fn"),
+    "F8_E5M2": (torch.float8_e5m2, "float8_e5m2"),
+}
+_HEADER_NAMES = {word: name for name, (_, word) in _FLOATS.items()}
+_EIGHT_BIT = frozenset({"F8_E4M3", "F8_E5M2"})
+
+
+def is_mergeable(name: str) -> bool:
+    """Return whether tensors of this header dtype are merged (floats that torch can read) rather than copied."""
+    return name in _FLOATS
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return torch's dtype for a float header name such as "BF16".
+
+    Raises:
+        KeyError: The name is no float dtype of ours.
+    """
+    return _FLOATS[name][0]
+
+
+def config_name(name: str) -> str:
+    """Return the word that recipes and config.json use for a float header name: "BF16" → "bfloat16"."""
+    return _FLOATS[name][1]
+
+
+def header_name(word: str) -> str:
+    """Return the header name for a recipe's word: "bfloat16" → "BF16"."""
+    return _HEADER_NAMES[word]
+
+
+def promote(names: tuple[str, ...]) -> str:
+    """Return the header dtype that holds all of `names` as torch promotes them: BF16 and F16 give F32.
+
+    Eight-bit floats are read, never promoted among themselves: they count as BF16, which holds every one exactly.
+    """
+    result = torch_dtype("BF16" if names[0] in _EIGHT_BIT else names[0])
+    for name in names[1:]:
+        result = torch.promote_types(result, torch_dtype("BF16" if name in _EIGHT_BIT else name))
+    return next(name for name, (dtype, _) in _FLOATS.items() if dtype == result)
+
+
+def round_once(values_E: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Cast float64 values to `dtype` with a single rounding to nearest even.
+
+    Torch casts float64 to the 16-bit types by way of float32, which rounds twice and is wrong whenever the first
+    rounding lands on a tie of the second. Rounding to odd in the first step removes that: the sticky last bit keeps the
+    second step on the right side.
+
+    Args:
+        values_E: shape (E,), float64.
+        dtype: The wanted float type.
+
+    Returns:
+        shape (E,), `dtype`.
+
+    Source: Boldo & Melquiond 2008, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding
+        to odd", theorem 3.
+    """
+    if dtype == torch.float64:
+        return values_E
+    single_E = values_E.to(torch.float32)
+    if dtype == torch.float32:
+        return single_E
+    back_E = single_E.to(torch.float64)
+    inexact_E = back_E != values_E
+    if not bool(inexact_E.any()):
+        return single_E.to(dtype)
+    bits_E = single_E.view(torch.int32)
+    # Sign and magnitude: one less in the bits is one step towards zero, whatever the sign.
+    towards_zero_E = bits_E - (back_E.abs() > values_E.abs()).to(torch.int32)
+    odd_E = torch.where(inexact_E & values_E.isfinite(), towards_zero_E | 1, bits_E)
+    return odd_E.view(torch.float32).to(dtype)
