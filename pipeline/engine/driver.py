@@ -1,0 +1,324 @@
+"""The driver of a merge: measure, solve, write, each only as far as it is not done already.
+
+Owns the order of the phases, what is resumed, and the last check of what was written against what was solved. Legend:
+P points, N models.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pipeline.engine.executors.base import Executor, Usage
+from pipeline.engine.run_folder import (
+    MEASURED,
+    SOLUTIONS,
+    WRITTEN,
+    finished,
+    group_sums,
+    load_rows,
+    read_json,
+    square,
+    write_json,
+    written_path,
+)
+from pipeline.engine.solutions import (
+    Solution,
+    fixed_solution,
+    predicted_distances,
+    solution_from_json,
+    solve_group,
+    with_median,
+)
+from pipeline.engine.streaming import stream_groups
+from pipeline.engine.worker import Job, WrittenFile
+from pipeline.errors import Problem, VerificationError
+from pipeline.events import FileMeasured, FileWritten, GroupSolved, Listener, Note, PassEnded, PassProgress, PassStarted
+from pipeline.methods import registry
+from pipeline.numerics.exact_sum import ExactSum, exact_column_sums
+from pipeline.planning.assignment import assign
+from pipeline.planning.cost import input_bytes, written_inputs
+from pipeline.planning.plan import Plan
+from pipeline.storage import Store
+
+# Distances follow from the table by subtracting numbers of its largest entry's size: half the digits remain.
+_TABLE_PRECISION = 1e-7
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What a merge did, for the report.
+
+    Attributes:
+        solutions: One a group.
+        written: One a file, in the plan's order.
+        usage: What this run read and held; nothing when all was done before.
+        stream_passes: Iterations that measured the parameters again.
+        resumed: Files found measured or written by an earlier run.
+    """
+
+    solutions: tuple[Solution, ...] = ()
+    written: tuple[WrittenFile, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    usage: Usage = field(default_factory=lambda: Usage(peak_memory_bytes={}, read_bytes=0, reused_bytes=0))
+    stream_passes: int = 0
+    resumed: int = 0
+    workers: int = 0
+    executor: str = ""
+
+
+class Driver:
+    """Leads one merge.
+
+    Args:
+        plan: The plan, saved in the output already.
+        output: The output folder.
+        executor: Not started; it is started only if there is work.
+        job: What workers need.
+        workers: How many.
+        listener: Told what happens.
+    """
+
+    def __init__(
+        self, *, plan: Plan, output: Store, executor: Executor, job: Job, workers: int, listener: Listener
+    ) -> None:
+        self._plan = plan
+        self._output = output
+        self._executor = executor
+        self._job = job
+        self._workers = workers
+        self._listen = listener
+        self._started = False
+        self._base_bytes = 0
+        self._sums: dict[int, ExactSum] = {}
+        self._outcome = Outcome(workers=workers, executor=executor.name)
+
+    def run(self) -> Outcome:
+        """Do what is not done yet and return everything; the executor is closed in any case.
+
+        Raises:
+            PipelineError: The first failure of any phase.
+        """
+        outcome, plan = self._outcome, self._plan
+        try:
+            if plan.settings.measured:
+                self._measure()
+                solutions = self._solve()
+            else:
+                solutions = {group: fixed_solution(plan, group) for group in range(len(plan.groups))}
+            written = self._write(solutions)
+            for record in written.values():
+                solutions.update({solution.group: solution for solution in record.solutions})
+            outcome.solutions = tuple(solutions[group] for group in range(len(plan.groups)))
+            outcome.written = tuple(written[file] for file in range(len(plan.files)))
+            self._check_distances()
+            if self._started:
+                outcome.usage = self._executor.usage()
+        finally:
+            self._executor.close()
+        return outcome
+
+    def _start(self) -> Executor:
+        if not self._started:
+            self._executor.start(self._job, assign(self._plan, self._workers))
+            self._started = True
+        return self._executor
+
+    def _measure(self) -> None:
+        """Measure the files that no earlier run has measured; fused ones wait for the writing pass."""
+        plan = self._plan
+        if self._output.exists(SOLUTIONS):
+            return
+        done = finished(self._output, MEASURED, ".parquet")
+        wanted = [file for file, layout in enumerate(plan.files) if not layout.fused]
+        missing = [file for file in wanted if plan.files[file].name not in done]
+        for file in wanted:
+            if file not in missing:
+                self._add(group_sums(plan, load_rows(self._output, plan.files[file].name)))
+        self._note_resumed("measured", len(wanted) - len(missing))
+        if not missing:
+            return
+        total = sum(self._bytes_of(file, plan.points) for file in missing)
+        with self._pass("measure", total, len(missing)) as tick:
+            for file, partial in self._start().map("measure", dict.fromkeys(missing, ()), tick):
+                self._add(partial)
+                self._listen(FileMeasured(file=plan.files[file].name))
+
+    def _solve(self) -> dict[int, Solution]:
+        """Return the solutions of all groups that span files, from the run folder if they are there."""
+        plan = self._plan
+        fused = {plan.tensors[t].group for layout in plan.files if layout.fused for t in layout.tensors}
+        wanted = [group for group in range(len(plan.groups)) if group not in fused]
+        saved = read_json(self._output, SOLUTIONS)
+        if saved is not None:
+            return {int(entry["group"]): solution_from_json(entry) for entry in saved["solutions"]}
+        if not wanted:
+            return {}
+        started = time.perf_counter()
+        tables = self._tables(wanted)
+        method: Any = registry()[plan.settings.method]
+        if plan.settings.distances == "stream":
+            solutions = self._stream(wanted, tables)
+        else:
+            solutions = {group: solve_group(plan, method, group, tables[group]) for group in wanted}
+        for group, solution in solutions.items():
+            if solution.median is not None:
+                self._listen(
+                    GroupSolved(
+                        group=plan.groups[group].name,
+                        iterations=solution.median.iterations,
+                        relative_gap=solution.median.relative_gap,
+                    )
+                )
+        write_json(self._output, SOLUTIONS, {"solutions": [solution.to_json() for solution in solutions.values()]})
+        self._outcome.seconds["solve"] = time.perf_counter() - started
+        return solutions
+
+    def _stream(self, wanted: Sequence[int], tables: Mapping[int, np.ndarray]) -> dict[int, Solution]:
+        """Return solutions whose coefficients come from iterations over the parameters."""
+        plan = self._plan
+        every = range(len(plan.files))
+        total = sum(self._bytes_of(file, plan.models, copied=False) for file in every)
+        executor = self._start()
+
+        def reduce(requests: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+            self._outcome.stream_passes += 1
+            with self._pass(f"iteration {self._outcome.stream_passes}", total, len(plan.files)) as tick:
+                return executor.all_reduce(requests, tick)
+
+        medians = stream_groups(plan, wanted, reduce)
+        return {group: with_median(plan, group, tables[group], median) for group, median in medians.items()}
+
+    def _tables(self, wanted: Sequence[int]) -> dict[int, np.ndarray]:
+        """Return the groups' P × P tables of squared distances: exactly rounded sums over all chunks, in any order."""
+        points = len(self._plan.points)
+        return {
+            group: square(self._sums[group].total().tolist(), points)
+            if group in self._sums
+            else np.zeros((points, points))
+            for group in wanted
+        }
+
+    def _add(self, partial: Mapping[int, np.ndarray]) -> None:
+        """Add one file's sums of distances."""
+        for group, limbs in partial.items():
+            self._sums.setdefault(group, ExactSum(len(limbs))).merge(ExactSum.from_limbs(limbs))
+
+    def _write(self, solutions: Mapping[int, Solution]) -> dict[int, WrittenFile]:
+        """Write the files that no earlier run has finished."""
+        plan = self._plan
+        done = finished(self._output, WRITTEN, ".json")
+        written = {}
+        for file, layout in enumerate(plan.files):
+            record = read_json(self._output, written_path(layout.name)) if layout.name in done else None
+            if record is not None and self._holds(layout.name, record["size_bytes"]):
+                written[file] = _from_marker(record)
+        self._note_resumed("written", len(written))
+        missing = [file for file in range(len(plan.files)) if file not in written]
+        if not missing:
+            return written
+        items = {}
+        for file in missing:
+            groups = {plan.tensors[tensor].group for tensor in plan.files[file].tensors}
+            items[file] = ({group: solutions[group] for group in groups if group in solutions},)
+        inputs = written_inputs(plan)
+        total = sum(
+            self._bytes_of(file, inputs) + (self._bytes_of(file, plan.points) if plan.files[file].fused else 0)
+            for file in missing
+        )
+        with self._pass("write", total, len(missing)) as tick:
+            for file, record in self._start().map("write", items, tick):
+                written[file] = record
+                self._listen(FileWritten(file=record.name, size_bytes=record.size_bytes))
+        return written
+
+    def _holds(self, name: str, size_bytes: int) -> bool:
+        """Return whether a file is there in full."""
+        return self._output.exists(name) and self._output.stat(name).size_bytes == size_bytes
+
+    def _check_distances(self) -> None:
+        """Raise when what was written does not lie where the solution says, up to its own rounding.
+
+        The distance measured from the written values and the one that follows from the table can differ by no more
+        than the distance between written and exact values (triangle inequality).
+        """
+        plan = self._plan
+        for solution in self._outcome.solutions:
+            if not solution.distances:
+                continue
+            measured_P, rounding = written_distances(self._outcome.written, solution.group, len(plan.points))
+            predicted_P = predicted_distances(solution)
+            slack = rounding * (1 + 1e-6) + _TABLE_PRECISION * math.sqrt(float(np.max(solution.distances)))
+            rows = range(len(plan.points) - len(written_inputs(plan)), len(plan.points))
+            worst = max(rows, key=lambda row: abs(measured_P[row] - predicted_P[row]))
+            if abs(measured_P[worst] - predicted_P[worst]) > slack:
+                raise VerificationError(
+                    Problem(
+                        what=f"what was written lies {measured_P[worst]:.9g} from model"
+                        f" {plan.inputs[plan.points[worst]].name}, but the solution says {predicted_P[worst]:.9g}",
+                        where=f"group {plan.groups[solution.group].name}",
+                        remedy="a bit was lost in memory or on the way; start again with --overwrite",
+                    )
+                )
+
+    def _bytes_of(self, file: int, inputs: tuple[int, ...], *, copied: bool = True) -> int:
+        """Return the input bytes of one output file's tensors."""
+        plan = self._plan
+        everywhere = tuple(range(len(plan.inputs)))
+        tensors = [plan.tensors[index] for index in plan.files[file].tensors]
+        return sum(
+            input_bytes(tensor, inputs if tensor.group >= 0 else everywhere)
+            for tensor in tensors
+            if copied or tensor.group >= 0
+        )
+
+    @contextmanager
+    def _pass(self, name: str, total_bytes: int, files: int) -> Iterator[Callable[[int], None]]:
+        started = time.perf_counter()
+        self._listen(PassStarted(name=name, total_bytes=total_bytes, files=files))
+        last = self._base_bytes
+
+        def tick(done_bytes: int) -> None:
+            nonlocal last
+            last = max(last, done_bytes)
+            self._listen(PassProgress(name=name, done_bytes=last - self._base_bytes))
+
+        yield tick
+        self._base_bytes = last
+        seconds = time.perf_counter() - started
+        if not name.startswith("iteration"):
+            self._outcome.seconds[name] = seconds
+        self._listen(PassEnded(name=name, seconds=seconds))
+
+    def _note_resumed(self, verb: str, files: int) -> None:
+        if files:
+            self._outcome.resumed += files
+            self._listen(Note(text=f"resumed: {files} of {len(self._plan.files)} files were {verb} before"))
+
+
+def written_distances(written: Sequence[WrittenFile], group: int, points: int) -> tuple[np.ndarray, float]:
+    """Return the distances (P) from what was written to the points, and from its exact values, over all files."""
+    rows = [record.squared_distances[group] for record in written if group in record.squared_distances]
+    if not rows:
+        return np.zeros(points), 0.0
+    rounding = math.fsum(record.squared_rounding[group] for record in written if group in record.squared_rounding)
+    return np.sqrt(exact_column_sums(np.array(rows))), math.sqrt(rounding)
+
+
+def _from_marker(data: Mapping[str, Any]) -> WrittenFile:
+    """Return a finished file from its marker."""
+    return WrittenFile(
+        file=data["file"],
+        name=data["name"],
+        size_bytes=data["size_bytes"],
+        sha256=data["sha256"],
+        squared_distances={int(group): tuple(values) for group, values in data["squared_distances"].items()},
+        squared_rounding={int(group): value for group, value in data["squared_rounding"].items()},
+        solutions=tuple(solution_from_json(entry) for entry in data["solutions"]),
+    )

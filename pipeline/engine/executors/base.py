@@ -1,0 +1,82 @@
+"""What an executor is to the driver.
+
+Owns the protocol. An executor starts one worker a shard, runs verbs of `ShardWorker` on them, and adds up what they
+return; it knows nothing of merging.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from pipeline.engine.worker import Job
+
+# Called now and then from the driver's thread with the input bytes that all workers have done since they started.
+Tick = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What workers used since they started; one that was lost and replaced counts from its replacement.
+
+    Attributes:
+        peak_memory_bytes: The largest resident set of every process that ran workers, by name.
+        read_bytes: Input bytes fetched.
+        reused_bytes: Input bytes taken from memory instead of a second fetch.
+    """
+
+    peak_memory_bytes: dict[str, int]
+    read_bytes: int
+    reused_bytes: int
+
+
+class Executor(Protocol):
+    """Runs workers."""
+
+    name: str
+
+    def start(self, job: Job, shards: Sequence[Sequence[int]]) -> None:
+        """Start one worker a shard.
+
+        Args:
+            job: Handed to every worker.
+            shards: File indices by worker; one may be empty.
+
+        Raises:
+            WorkerError: They could not be started.
+        """
+        ...
+
+    def map(self, verb: str, items: Mapping[int, tuple[Any, ...]], tick: Tick) -> Iterator[tuple[int, Any]]:
+        """Run a verb on files and yield (file, result) in order of completion.
+
+        Args:
+            verb: A method of `ShardWorker` that takes a file index first.
+            items: By file index, the further arguments; a file is run by the worker that owns it.
+            tick: Told of progress.
+
+        Raises:
+            PipelineError: What a worker raised, unchanged; the others stop.
+            WorkerError: A worker was lost and could not be replaced.
+        """
+        ...
+
+    def all_reduce(self, requests: Mapping[int, np.ndarray], tick: Tick) -> dict[int, np.ndarray]:
+        """Run `ShardWorker.probe` on every worker's shard and return the sums of their limbs.
+
+        Args:
+            requests: By group, coefficients of the combinations to measure.
+            tick: Told of progress.
+        """
+        ...
+
+    def usage(self) -> Usage:
+        """Return what the workers have used so far."""
+        ...
+
+    def close(self) -> None:
+        """End all workers; callable twice, and after a failure."""
+        ...

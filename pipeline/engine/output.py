@@ -1,0 +1,181 @@
+"""Whether an output folder can be used, and the commit that makes it a checkpoint.
+
+Owns what may be overwritten, what is resumed, and the order in which the last files appear. The index file is the
+commit: before it exists no loader finds weights here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from enum import Enum
+
+from pipeline.checkpoints.checkpoint import Checkpoint
+from pipeline.checkpoints.dtypes import DTYPES
+from pipeline.checkpoints.sidecars import output_config, side_files
+from pipeline.engine.run_folder import FOLDER, INDEX, PLAN, REPORT, read_json, write_json
+from pipeline.errors import BudgetError, OutputError, Problem, VerificationError
+from pipeline.numerics.dtypes import config_name
+from pipeline.planning.plan import Plan
+from pipeline.storage import Store, open_store
+from pipeline.units import format_bytes
+
+# Room beside the weights for statistics, tokenizer and reports.
+_EXTRA_BYTES = 64_000_000
+# What makes a folder a checkpoint; removed by --overwrite, so that two models never lie in one folder.
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
+
+
+class State(Enum):
+    """What an output folder holds of this merge."""
+
+    FRESH = "fresh"
+    PARTIAL = "partial"
+    COMMITTED = "committed"
+
+
+def prepare(plan: Plan, output: Store, *, overwrite: bool) -> State:
+    """Check an output folder, clear it if told to, and save the plan in it.
+
+    Args:
+        plan: The plan.
+        output: The folder.
+        overwrite: Whether what is in it may be removed: another merge or model, or this merge's own beginning.
+
+    Raises:
+        OutputError: It is an input's folder, or holds another merge or model.
+        StorageError: It cannot be written.
+        BudgetError: The disk has no room.
+        VerificationError: The plan in it is damaged.
+    """
+    refuse_inputs(plan, output)
+    output.probe_writable()
+    paths = output.list()
+    try:
+        existing = read_json(output, PLAN)
+    except VerificationError:
+        if not overwrite:
+            raise
+        existing = None
+    if not overwrite and existing is not None and existing.get("fingerprint") == plan.fingerprint:
+        if INDEX in paths and all(file.name in paths for file in plan.files):
+            return State.COMMITTED
+        # A checkpoint that lost a file since is none: what is missing is written again.
+        output.delete(INDEX)
+        _check_room(plan, output)
+        return State.PARTIAL
+    if paths and not overwrite:
+        raise OutputError(_occupied(plan, output, existing))
+    _check_room(plan, output)
+    _clear(output, paths)
+    write_json(output, PLAN, plan.to_json())
+    return State.FRESH
+
+
+def refuse_inputs(plan: Plan, output: Store) -> None:
+    """Raise when the output folder is the folder of an input, holds one, or lies in one.
+
+    Raises:
+        OutputError: Names the input.
+    """
+    place = _place(output.url)
+    for item in plan.inputs:
+        source = _place(item.url)
+        if place.startswith(source) or source.startswith(place):
+            raise OutputError(
+                Problem(
+                    what=f"overlaps with the folder of model {item.name}, {item.url}",
+                    where=f"output {output.location()}",
+                    remedy="choose another output folder",
+                )
+            )
+
+
+def _place(url: str) -> str:
+    """Return a folder with one slash at its end; of a local one its real path, so that no link hides an input."""
+    real = url if "://" in url else os.path.realpath(url)
+    return real.rstrip("/") + "/"
+
+
+def commit(plan: Plan, output: Store, donor: Checkpoint, documents: Mapping[str, bytes]) -> None:
+    """Write everything beside the weights and then the index.
+
+    Args:
+        plan: The plan; all its files are written.
+        output: The folder.
+        donor: The checkpoint whose configuration and tokenizer are taken.
+        documents: Report, model card and tables by path.
+    """
+    for path in side_files(donor.store):
+        if path != "config.json":
+            output.write(path, donor.store.read(path))
+    if donor.config:
+        config = output_config(dict(donor.config), config_name(main_dtype(plan)))
+        output.write("config.json", (json.dumps(config, indent=2) + "\n").encode())
+    for path, data in documents.items():
+        output.write(path, data)
+    output.write(INDEX, (json.dumps(index(plan), indent=2) + "\n").encode())
+
+
+def index(plan: Plan) -> dict[str, object]:
+    """Return the index of the output in Hugging Face's form."""
+    weight_map = {plan.tensors[tensor].name: file.name for file in plan.files for tensor in file.tensors}
+    total = sum(file.size_bytes for file in plan.files)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def main_dtype(plan: Plan) -> str:
+    """Return the header dtype in which most bytes of the merged tensors are written."""
+    sizes: dict[str, int] = {}
+    for tensor in plan.tensors:
+        if tensor.group >= 0:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.elements * DTYPES[tensor.dtype].bits
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def _occupied(plan: Plan, output: Store, existing: Mapping[str, object] | None) -> Problem:
+    if existing is None:
+        return Problem(
+            what="is not empty and holds no merge of ours",
+            where=f"output {output.location()}",
+            remedy="choose an empty folder, or give --overwrite to remove the weights in it",
+        )
+    parts = existing.get("parts")
+    old = parts if isinstance(parts, dict) else {}
+    changed = [name for name, digest in plan.parts.items() if old.get(name) != digest]
+    words = {"recipe": "the recipe", "sources": "the models' files", "layout": "the layout"}
+    return Problem(
+        what=f"holds a merge that differs in {' and '.join(words[name] for name in changed) or 'its version'}",
+        where=f"output {output.location()}",
+        remedy="choose another folder, or give --overwrite to start again",
+    )
+
+
+def _check_room(plan: Plan, output: Store) -> None:
+    free = output.free_bytes()
+    present = {path: output.stat(path).size_bytes for path in output.list() if path.endswith(".safetensors")}
+    needed = sum(file.size_bytes for file in plan.files) + _EXTRA_BYTES - sum(present.values())
+    if free is not None and needed > free:
+        raise BudgetError(
+            Problem(
+                what=f"the disk has {format_bytes(free)} free, but the merge writes {format_bytes(needed)}",
+                where=f"output {output.location()}",
+                remedy=f"free {format_bytes(needed - free)}, or choose another place",
+            )
+        )
+
+
+def _clear(output: Store, paths: tuple[str, ...]) -> None:
+    """Remove an earlier checkpoint and run, the commit first; other folders below are left alone."""
+    for path in (INDEX, PLAN):
+        output.delete(path)
+    for path in paths:
+        weights = "/" not in path and path.endswith(_WEIGHTS)
+        if path.startswith(f"{FOLDER}/") or weights or path == REPORT:
+            output.delete(path)
+
+
+def reopen(plan: Plan, index_of_input: int) -> Store:
+    """Return the store of one of the plan's inputs."""
+    return open_store(plan.inputs[index_of_input].url)

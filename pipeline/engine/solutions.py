@@ -1,0 +1,145 @@
+"""From a group's distances to its coefficients, certificate and geometry.
+
+Owns what is kept of a solved group and the scale λ. Pure; runs in the driver, or in a worker for a fused file. Legend:
+P points (base first where there is one), N models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.methods.base import GramMethod
+from pipeline.numerics.geometric_median import MedianSolution
+from pipeline.planning.plan import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solution:
+    """A solved group.
+
+    Attributes:
+        factors: P factors of the points in what is written: λcᵢ, and 1 − λ for the base.
+        scale: λ.
+        median: Coefficients and certificate; None for a method that measures nothing.
+        distances: P × P squared distances, as nested lists; empty when nothing was measured.
+    """
+
+    group: int
+    factors: tuple[float, ...]
+    coefficients: tuple[float, ...]
+    scale: float
+    median: MedianSolution | None
+    distances: tuple[tuple[float, ...], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-ready data."""
+        return dataclasses.asdict(self)
+
+
+def fixed_solution(plan: Plan, group: int) -> Solution:
+    """Return the solution of a group whose coefficients the recipe decides."""
+    coefficients = plan.groups[group].coefficients or ()
+    return Solution(
+        group=group,
+        factors=(0.0,) * plan.offset + coefficients,
+        coefficients=coefficients,
+        scale=1.0,
+        median=None,
+        distances=(),
+    )
+
+
+def solve_group(plan: Plan, method: GramMethod, group: int, distances_PP: np.ndarray) -> Solution:
+    """Solve one group on its table of squared distances.
+
+    Raises:
+        ConvergenceError: No certificate within the recipe's tolerance.
+    """
+    models_NN = distances_PP[plan.offset :, plan.offset :]
+    median = method.solve(models_NN, plan.weights, tolerance=plan.settings.tolerance)
+    return with_median(plan, group, distances_PP, median)
+
+
+def with_median(plan: Plan, group: int, distances_PP: np.ndarray, median: MedianSolution) -> Solution:
+    """Return the solution that a median found elsewhere gives: its factors under the recipe's scale."""
+    scale = plan.settings.scale
+    if scale is None:
+        scale = _norm_scale(distances_PP, median.coefficients, plan.weights)
+    factors = tuple(scale * coefficient for coefficient in median.coefficients)
+    return Solution(
+        group=group,
+        factors=((1.0 - scale,) if plan.offset else ()) + factors,
+        coefficients=median.coefficients,
+        scale=scale,
+        median=median,
+        distances=tuple(tuple(row) for row in distances_PP.tolist()),
+    )
+
+
+def geometry(plan: Plan, solution: Solution) -> tuple[list[float] | None, list[list[float | None]] | None]:
+    """Return the task vectors' norms (N) and cosines (N × N), None without a base.
+
+    A cosine with a vector of length 0 is None.
+    """
+    if not plan.offset or not solution.distances:
+        return None, None
+    distances_PP = np.array(solution.distances)
+    squared_N = distances_PP[0, 1:]
+    gram_NN = 0.5 * (squared_N[:, None] + squared_N[None, :] - distances_PP[1:, 1:])
+    norms_N = np.sqrt(squared_N)
+    products_NN = np.outer(norms_N, norms_N)
+    cosines: list[list[float | None]] = [
+        [
+            1.0 if i == j and products_NN[i, j] > 0
+            else float(np.clip(gram_NN[i, j] / products_NN[i, j], -1, 1)) if products_NN[i, j] > 0
+            else None
+            for j in range(len(norms_N))
+        ]
+        for i in range(len(norms_N))
+    ]  # fmt: skip
+    return norms_N.tolist(), cosines
+
+
+def predicted_distances(solution: Solution) -> np.ndarray:
+    """Return the P distances from Σ aᵢxᵢ to the points, from the table alone: r² = Da − ½aᵀDa for Σa = 1."""
+    distances_PP = np.array(solution.distances)
+    factors_P = np.array(solution.factors)
+    products_P = distances_PP @ factors_P
+    distances_P: np.ndarray = np.sqrt(np.maximum(products_P - 0.5 * factors_P @ products_P, 0.0))
+    return distances_P
+
+
+def solution_from_json(data: Mapping[str, Any]) -> Solution:
+    """Return a solution saved by `Solution.to_json`; the iterations are left out."""
+    median = data["median"]
+    if median is not None:
+        fields = {**median, "history": ()}
+        for name in ("coefficients", "distances"):
+            fields[name] = tuple(fields[name])
+        median = MedianSolution(**fields)
+    return Solution(
+        group=data["group"],
+        factors=tuple(data["factors"]),
+        coefficients=tuple(data["coefficients"]),
+        scale=data["scale"],
+        median=median,
+        distances=tuple(tuple(row) for row in data["distances"]),
+    )
+
+
+def _norm_scale(distances_PP: np.ndarray, coefficients_N: Sequence[float], weights_N: Sequence[float]) -> float:
+    """Return λ such that ‖λ·median‖ is the weighted mean norm of the task vectors; 1 when the median is the base."""
+    factors_P = np.array([0.0, *coefficients_N])
+    products_P = distances_PP @ factors_P
+    squared = float(products_P[0] - 0.5 * factors_P @ products_P)
+    mean_norm = math.fsum(
+        weight * math.sqrt(value) for weight, value in zip(weights_N, distances_PP[0, 1:], strict=True)
+    ) / math.fsum(weights_N)
+    # Below this the difference of O(mean_norm²) numbers is rounding: the median is the base, and no λ lengthens it.
+    return mean_norm / math.sqrt(squared) if squared > 1e-14 * mean_norm**2 and squared > 0 else 1.0

@@ -1,0 +1,234 @@
+"""Where chunks come from: ranges of the inputs' files, read into reused buffers, or kept from an earlier read.
+
+Owns reading, retention and the checks that belong to a read: length, version, tied copies. Legend: I inputs,
+E elements of a chunk.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from pipeline.checkpoints.dtypes import DTYPES
+from pipeline.errors import CheckpointError, Problem, VerificationError
+from pipeline.planning.grid import Chunk
+from pipeline.planning.memory import Memory, slot_bytes
+from pipeline.planning.plan import Plan, Source
+from pipeline.storage import MissingObject, ObjectStat, Store, open_store
+
+# Tensors handed to the kernels start at multiples of a cache line, whatever their dtype.
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """The bytes of one chunk by input index; valid while the `lease` it came from is open."""
+
+    chunk: Chunk
+    raw: dict[int, np.ndarray]
+
+    def checksum(self, index: int) -> int:
+        """Return the signed 64-bit XXH3 of one input's bytes."""
+        value: int = xxhash.xxh3_64_intdigest(self.raw[index].data)
+        return value - (1 << 64) if value >= 1 << 63 else value
+
+
+class ChunkSource:
+    """Reads chunks of a plan's inputs.
+
+    Args:
+        plan: The plan.
+        memory: How many chunks may be in flight and how many bytes may be kept.
+    """
+
+    def __init__(self, plan: Plan, memory: Memory) -> None:
+        self._plan = plan
+        self._stores = [open_store(item.url) for item in plan.inputs]
+        self._slots: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
+        for _ in range(memory.window):
+            self._slots.put(np.empty(slot_bytes(plan) + _ALIGNMENT * 3 * len(plan.inputs), dtype=np.uint8))
+        self._lock = threading.Lock()
+        self._kept: dict[tuple[int, int], dict[int, np.ndarray]] = {}
+        self._room_bytes = memory.retained_bytes
+        self.read_bytes = 0
+        self.reused_bytes = 0
+
+    def check_versions(self) -> None:
+        """Raise when a source file is not the one that was planned for.
+
+        Raises:
+            CheckpointError: Names every changed file.
+        """
+        problems = []
+        for item, store in zip(self._plan.inputs, self._stores, strict=True):
+            for file in item.files:
+                stat = _stat(store, file.path)
+                if stat is None or (stat.size_bytes, stat.version) != (file.size_bytes, file.version):
+                    now = "absent now" if stat is None else f"{stat.size_bytes} now"
+                    problems.append(
+                        Problem(
+                            what=f"changed since the merge was planned ({file.size_bytes} bytes then, {now})",
+                            where=f"model {item.name}, file {file.path}",
+                            remedy="let nothing write to the inputs during a merge; start again with --overwrite",
+                        )
+                    )
+        if problems:
+            raise CheckpointError(*problems)
+
+    @contextmanager
+    def lease(self, chunk: Chunk, inputs: Sequence[int], *, keep: bool = False, drop: bool = False) -> Iterator[Loaded]:
+        """Hold one chunk's bytes of the given inputs.
+
+        Args:
+            chunk: What to read.
+            inputs: Input indices, repetitions allowed.
+            keep: Keep the bytes for a later lease if there is room.
+            drop: Forget what was kept of this chunk afterwards.
+        """
+        key = (chunk.tensor, chunk.start)
+        wanted = tuple(dict.fromkeys(inputs))
+        with self._lock:
+            raw = dict(self._kept.pop(key, {}) if drop else self._kept.get(key, {}))
+        missing = [index for index in wanted if index not in raw]
+        reused = sum(raw[index].nbytes for index in wanted if index in raw)
+        kept_bytes = sum(array.nbytes for array in raw.values())
+        slot = None
+        try:
+            kept = bool(missing) and keep and self._reserve(chunk, missing)
+            sizes = {index: self._range(chunk, index)[2] for index in missing}
+            if missing and not kept:
+                slot = self._slots.get()
+            fresh = _carve(slot, sizes) if slot is not None else {i: np.empty(n, np.uint8) for i, n in sizes.items()}
+            for index, array in fresh.items():
+                self._read(chunk, index, array)
+            with self._lock:
+                self.reused_bytes += reused
+                if kept:
+                    self._kept[key] = {**raw, **fresh}
+            yield Loaded(chunk=chunk, raw={**raw, **fresh})
+        finally:
+            if slot is not None:
+                self._slots.put(slot)
+            if drop and kept_bytes:
+                with self._lock:
+                    self._room_bytes += kept_bytes
+
+    def check_alias(self, loaded: Loaded) -> None:
+        """Raise when a tied second copy of this chunk does not hold the same bytes.
+
+        Raises:
+            CheckpointError: Names the model and the tensor.
+        """
+        chunk = loaded.chunk
+        tensor = self._plan.tensors[chunk.tensor]
+        for index, source in enumerate(tensor.sources):
+            if source.alias_file < 0 or index not in loaded.raw:
+                continue
+            width = DTYPES[source.dtype].bits // 8
+            copy = np.empty(chunk.elements * width, dtype=np.uint8)
+            item = self._plan.inputs[index]
+            path = item.files[source.alias_file].path
+            self._stores[index].read_into(path, source.alias_start + chunk.start * width, copy.data)
+            with self._lock:
+                self.read_bytes += copy.nbytes
+            if not np.array_equal(copy, loaded.raw[index]):
+                raise CheckpointError(
+                    Problem(
+                        what="the stored output embedding differs from the input embedding that it is tied to",
+                        where=f"model {item.name}, tensor {tensor.name}",
+                        remedy="set tie_word_embeddings to false in every config.json if the head is its own tensor",
+                    )
+                )
+
+    def check_agreement(self, loaded: Loaded) -> None:
+        """Raise when the inputs' bytes of a chunk are not all the same, as integers and booleans must be.
+
+        Raises:
+            CheckpointError: Names the first model that differs.
+        """
+        reference, *others = loaded.raw
+        for index in others:
+            if not np.array_equal(loaded.raw[reference], loaded.raw[index]):
+                names = [self._plan.inputs[i].name for i in (index, reference)]
+                tensor = self._plan.tensors[loaded.chunk.tensor]
+                raise CheckpointError(
+                    Problem(
+                        what=f"differs from the same tensor of {names[1]}; {tensor.dtype} is copied, never averaged",
+                        where=f"model {names[0]}, tensor {tensor.name}",
+                        remedy="leave one of the models out",
+                    )
+                )
+
+    def check_sums(self, loaded: Loaded, checksums: Sequence[int]) -> None:
+        """Raise when bytes differ from those of the first read.
+
+        Args:
+            loaded: The chunk as read now.
+            checksums: I hashes of the first read.
+
+        Raises:
+            VerificationError: Names model, tensor and range.
+        """
+        for index in loaded.raw:
+            if loaded.checksum(index) != checksums[index]:
+                chunk, item = loaded.chunk, self._plan.inputs[index]
+                tensor = self._plan.tensors[chunk.tensor]
+                raise VerificationError(
+                    Problem(
+                        what=f"elements {chunk.start} to {chunk.stop} are not the bytes of the first read",
+                        where=f"model {item.name}, tensor {tensor.name}, "
+                        f"file {item.files[tensor.sources[index].file].path}",
+                        remedy="the source changed or was read wrongly: check disk and memory,"
+                        " then start again with --overwrite",
+                    )
+                )
+
+    def close(self) -> None:
+        """Release buffers and files."""
+        self._kept.clear()
+        for store in self._stores:
+            store.close()
+
+    def _range(self, chunk: Chunk, index: int) -> tuple[Source, int, int]:
+        """Return the source of a chunk in one input, its absolute byte offset and its length."""
+        source = self._plan.tensors[chunk.tensor].sources[index]
+        width = DTYPES[source.dtype].bits // 8
+        return source, source.start + chunk.start * width, chunk.elements * width
+
+    def _read(self, chunk: Chunk, index: int, array: np.ndarray) -> None:
+        source, start, _ = self._range(chunk, index)
+        self._stores[index].read_into(self._plan.inputs[index].files[source.file].path, start, array.data)
+        with self._lock:
+            self.read_bytes += array.nbytes
+
+    def _reserve(self, chunk: Chunk, inputs: Sequence[int]) -> bool:
+        """Return whether there is room to keep a chunk, and take it."""
+        size = sum(self._range(chunk, index)[2] for index in inputs)
+        with self._lock:
+            fits = size <= self._room_bytes
+            self._room_bytes -= size if fits else 0
+        return fits
+
+
+def _stat(store: Store, path: str) -> ObjectStat | None:
+    """Return a file's size and version, or None when it is gone."""
+    try:
+        return store.stat(path)
+    except MissingObject:
+        return None
+
+
+def _carve(slot: np.ndarray, sizes: dict[int, int]) -> dict[int, np.ndarray]:
+    """Return aligned, disjoint views of a buffer."""
+    views = {}
+    position = -slot.ctypes.data % _ALIGNMENT
+    for index, size in sizes.items():
+        views[index] = slot[position : position + size]
+        position += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return views

@@ -1,0 +1,175 @@
+"""A merge from recipe to commit, as one call: what the command line runs and what a program imports.
+
+Owns the wiring of the rooms; every decision lives in one of them.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.engine.bandwidth import given_rates, measure_rates
+from pipeline.engine.driver import Driver
+from pipeline.engine.executors import create_executor
+from pipeline.engine.output import State, commit, prepare, refuse_inputs
+from pipeline.engine.process import cores
+from pipeline.engine.result_tables import save_tables
+from pipeline.engine.run_folder import REPORT, read_json
+from pipeline.engine.worker import Job
+from pipeline.errors import PipelineError, Problem, RecipeError
+from pipeline.events import Committed, Listener, Note, ignore
+from pipeline.methods import registry
+from pipeline.planning.build import Sources, build_plan, open_sources
+from pipeline.planning.cost import Cost, Rates, project_cost
+from pipeline.planning.memory import Memory, project_memory
+from pipeline.planning.plan import Plan
+from pipeline.recipe import Recipe, parse_recipe
+from pipeline.reporting.model_card import model_card
+from pipeline.reporting.report import build_report
+from pipeline.storage import Store, open_store
+
+# Enough for 20 models in flight and a good part of a small family kept in memory, on any machine that trains models.
+DEFAULT_MEMORY_BYTES = 4_000_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """Where a merge runs and with what; nothing here changes a bit of the output.
+
+    Attributes:
+        executor: "auto", "local" or "ray".
+        address: Of a Ray cluster, or None.
+        workers: How many workers; None takes one locally, or one a CPU of this machine on Ray.
+        memory_bytes: What each worker may hold.
+        device: "auto", "cpu" or "cuda".
+    """
+
+    executor: str = "auto"
+    address: str | None = None
+    workers: int | None = None
+    memory_bytes: int = DEFAULT_MEMORY_BYTES
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A plan with its resources: all that `geomerge plan` shows."""
+
+    plan: Plan
+    sources: Sources
+    memory: Memory
+    cost: Cost
+    rates: Rates | None
+    workers: int
+    seconds: float
+
+
+def load_recipe(url: str) -> tuple[Recipe, str]:
+    """Return a recipe and its text.
+
+    Raises:
+        RecipeError: It cannot be found, read as text, or understood.
+    """
+    folder, name = posixpath.split(url)
+    store = open_store(folder or ".")
+    try:
+        text = store.read(name).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(Problem(what="is no UTF-8 text", where=f"recipe {url}")) from error
+    except PipelineError as error:
+        raise RecipeError(
+            Problem(what=str(error.problems[0].what), where=f"recipe {url}", remedy="name an existing recipe file")
+        ) from error
+    methods = {name: method.schema for name, method in registry().items()}
+    return parse_recipe(text, source=url, methods=methods), text
+
+
+def plan_merge(recipe: Recipe, output: Store, resources: Resources, *, probe: bool) -> Planned:
+    """Plan a merge: headers only, all mismatches at once, memory and cost projected.
+
+    Args:
+        recipe: The recipe.
+        output: Where the result would go; it is not touched.
+        resources: What workers may use.
+        probe: Measure this machine's rates for the projected time, unless the recipe gives a bandwidth.
+
+    Raises:
+        PipelineError: Recipe, models, output or budget do not fit.
+    """
+    started = time.perf_counter()
+    sources = open_sources(recipe)
+    plan = build_plan(recipe, registry()[recipe.merge_method], sources)
+    refuse_inputs(plan, output)
+    workers = resources.workers or 1
+    threads = max(1, cores() // workers)
+    memory = project_memory(plan, budget_bytes=resources.memory_bytes, threads=threads)
+    seconds = time.perf_counter() - started
+    rates = None
+    if recipe.pipeline.bandwidth_bytes is not None:
+        rates = given_rates(recipe.pipeline.bandwidth_bytes)
+    elif probe:
+        rates = measure_rates(plan, memory, workers=workers)
+    cost = project_cost(plan, memory, workers=workers, rates=rates)
+    return Planned(plan=plan, sources=sources, memory=memory, cost=cost, rates=rates, workers=workers, seconds=seconds)
+
+
+def merge(
+    recipe_url: str,
+    output_url: str,
+    *,
+    resources: Resources | None = None,
+    overwrite: bool = False,
+    listener: Listener = ignore,
+) -> dict[str, Any]:
+    """Merge what a recipe says into a folder and return the report.
+
+    A second call with the same recipe resumes an interrupted merge, or returns the report of a finished one.
+
+    Args:
+        recipe_url: Path or URL of the recipe.
+        output_url: Path or URL of the output folder.
+        resources: Where to run and with what.
+        overwrite: Start again: replace what is in the output folder, be it another merge or model or this one.
+        listener: Told what happens.
+
+    Raises:
+        PipelineError: Anything that stands in the way; nothing is committed then.
+    """
+    resources = resources or Resources()
+    recipe, text = load_recipe(recipe_url)
+    output = open_store(output_url)
+    planned = plan_merge(recipe, output, resources, probe=False)
+    plan = planned.plan
+    for note in plan.notes:
+        listener(Note(text=note))
+    if prepare(plan, output, overwrite=overwrite) is State.COMMITTED:
+        report = read_json(output, REPORT)
+        if report is not None:
+            listener(Note(text="already merged by the same recipe from the same files; nothing to do"))
+            return report
+    job = Job(plan=plan, output_url=output.url, memory=planned.memory, device=resources.device)
+    driver = Driver(
+        plan=plan,
+        output=output,
+        executor=create_executor(resources.executor, address=resources.address),
+        job=job,
+        workers=planned.workers,
+        listener=listener,
+    )
+    outcome = driver.run()
+    shares = save_tables(plan, outcome, output)
+    one_read = project_cost(plan, planned.memory, workers=1, rates=None)
+    input_bytes = one_read.measure_bytes or one_read.reread_bytes
+    report = build_report(plan, outcome, input_bytes=input_bytes, unchanged_shares=shares)
+    for note in report["notes"][len(plan.notes) :]:
+        listener(Note(text=note))
+    documents = {
+        REPORT: (json.dumps(report, indent=1) + "\n").encode(),
+        "README.md": model_card(report, text).encode(),
+    }
+    commit(plan, output, planned.sources.checkpoints[plan.donor], documents)
+    listener(Committed(location=output.location()))
+    return report

@@ -1,0 +1,201 @@
+"""Whether n checkpoints are one family: same tensors, same shapes, same computation.
+
+Owns every comparison between models that headers and config files allow, so that all mismatches are reported together
+before a data byte is read. Legend: I inputs (checkpoints, the reference first).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.checkpoints.checkpoint import Checkpoint
+from pipeline.checkpoints.dtypes import DTYPES
+from pipeline.checkpoints.header import TensorEntry
+from pipeline.checkpoints.ties import tied_aliases
+from pipeline.errors import CheckpointError, Problem
+from pipeline.numerics.dtypes import is_mergeable
+from pipeline.planning.configs import adapter_problems, compare_configs, quantization_problems
+
+# Names listed in one message before "and n more".
+_SHOWN = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Aligned:
+    """One tensor in every checkpoint.
+
+    Attributes:
+        name: Its name, the same everywhere.
+        entries: I header entries.
+        aliases: I entries of a second, tied copy that must hold the same bytes, None where there is none.
+        merged: False for integer and boolean tensors, which are copied.
+    """
+
+    name: str
+    entries: tuple[TensorEntry, ...]
+    aliases: tuple[TensorEntry | None, ...]
+    merged: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The common shape."""
+        return self.entries[0].shape
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return self.entries[0].elements
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """The aligned tensors of a family, in the reference's order, and what should be said about it."""
+
+    tensors: tuple[Aligned, ...]
+    notes: tuple[str, ...]
+
+
+def align(checkpoints: Sequence[Checkpoint]) -> Family:
+    """Return the tensors that all checkpoints share, which must be all tensors.
+
+    Args:
+        checkpoints: I open checkpoints; the first is the reference (the base, or the first model).
+
+    Raises:
+        CheckpointError: Every mismatch, in the order of the models.
+    """
+    reference = checkpoints[0]
+    aliases = tied_aliases(checkpoints)
+    problems: list[Problem] = []
+    for checkpoint in checkpoints:
+        problems += adapter_problems(checkpoint)
+        problems += _tie_problems(checkpoint, aliases)
+        problems += quantization_problems(checkpoint)
+        problems += _unreadable(checkpoint)
+    for checkpoint in checkpoints[1:]:
+        problems += _name_problems(reference, checkpoint, aliases)
+        problems += _shape_problems(reference, checkpoint)
+    config_problems, notes = compare_configs(checkpoints)
+    problems += config_problems
+    if problems:
+        raise CheckpointError(*problems)
+    tied = {source: alias for alias, source in aliases.items()}
+    names = dict.fromkeys(aliases.get(name, name) for name in reference.tensors)
+    tensors = tuple(_aligned(name, tied.get(name), checkpoints) for name in names)
+    notes = [*notes, *(f"{alias} is tied to {source} and written once" for alias, source in sorted(aliases.items()))]
+    return Family(tensors=tensors, notes=tuple(notes))
+
+
+def _aligned(name: str, alias: str | None, checkpoints: Sequence[Checkpoint]) -> Aligned:
+    copies = [checkpoint.tensors.get(alias) if alias else None for checkpoint in checkpoints]
+    # A tied pair may be stored under its second name only.
+    entries = [checkpoint.tensors.get(name) or copy for checkpoint, copy in zip(checkpoints, copies, strict=True)]
+    found = tuple(entry for entry in entries if entry is not None)
+    return Aligned(
+        name=name,
+        entries=found,
+        aliases=tuple(
+            copy if name in checkpoint.tensors else None for checkpoint, copy in zip(checkpoints, copies, strict=True)
+        ),
+        merged=is_mergeable(found[0].dtype),
+    )
+
+
+def _unreadable(checkpoint: Checkpoint) -> list[Problem]:
+    """Return the tensors whose element type can be neither merged nor copied."""
+    return [
+        Problem(
+            what=f"tensor {entry.name} has dtype {entry.dtype}, which cannot be merged",
+            where=f"model {checkpoint.url}",
+            remedy="convert the model to BF16, F16, F32 or F64",
+        )
+        for entry in checkpoint.tensors.values()
+        if not is_mergeable(entry.dtype) and DTYPES[entry.dtype].kind not in ("integer", "boolean")
+    ]
+
+
+def _name_problems(reference: Checkpoint, model: Checkpoint, aliases: Mapping[str, str]) -> list[Problem]:
+    """Return missing and extra tensors of one model, tied copies left aside."""
+    problems = []
+    held = {aliases.get(name, name) for name in model.tensors}
+    wanted = {aliases.get(name, name) for name in reference.tensors}
+    missing = [name for name in reference.tensors if aliases.get(name, name) not in held]
+    extra = [name for name in model.tensors if aliases.get(name, name) not in wanted]
+    if missing:
+        untied = any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in missing)
+        problems.append(
+            Problem(
+                what=f"lacks {_listed(missing)} that {reference.url} has"
+                + ("; its embeddings are not tied, so the head cannot be inferred" if untied else ""),
+                where=f"model {model.url}",
+                remedy="use a complete checkpoint of the same architecture",
+            )
+        )
+    if extra:
+        problems.append(
+            Problem(
+                what=f"has {_listed(extra)} that {reference.url} lacks",
+                where=f"model {model.url}",
+                remedy="use checkpoints of one architecture; remove what does not belong",
+            )
+        )
+    return problems
+
+
+def _tie_problems(model: Checkpoint, aliases: Mapping[str, str]) -> list[Problem]:
+    """Return tied copies that cannot be the same tensor: another shape or dtype."""
+    pairs = [(alias, source) for alias, source in aliases.items() if {alias, source} <= model.tensors.keys()]
+    return [
+        Problem(
+            what=f"{copy.dtype} {list(copy.shape)}, but tied to {source}, which is {entry.dtype} {list(entry.shape)}",
+            where=f"model {model.url}, tensor {alias}",
+            remedy="store it in one type, or once; or set tie_word_embeddings to false in every config.json",
+        )
+        for alias, source in pairs
+        if ((copy := model.tensors[alias]).shape, copy.dtype) != ((entry := model.tensors[source]).shape, entry.dtype)
+    ]
+
+
+def _shape_problems(reference: Checkpoint, model: Checkpoint) -> list[Problem]:
+    """Return shapes and kinds of elements that differ from the reference's."""
+    problems = []
+    for name, wanted in reference.tensors.items():
+        entry = model.tensors.get(name)
+        if entry is None:
+            continue
+        where = f"model {model.url}, tensor {name}"
+        if entry.shape != wanted.shape:
+            vocabulary = len(entry.shape) == 2 and entry.shape[1:] == wanted.shape[1:] and _is_vocabulary(name)
+            problems.append(
+                Problem(
+                    what=f"shape {list(entry.shape)}, but {list(wanted.shape)} in {reference.url}"
+                    + (f": vocabularies of {entry.shape[0]} and {wanted.shape[0]} tokens" if vocabulary else ""),
+                    where=where,
+                    remedy="bring the models to one vocabulary first" if vocabulary else "leave this model out",
+                )
+            )
+        elif is_mergeable(entry.dtype) != is_mergeable(wanted.dtype) or (
+            not is_mergeable(entry.dtype) and entry.dtype != wanted.dtype
+        ):
+            problems.append(
+                Problem(
+                    what=f"dtype {entry.dtype}, but {wanted.dtype} in {reference.url}",
+                    where=where,
+                    remedy="convert one of the two: floats are merged, integers and booleans must agree exactly",
+                )
+            )
+    return problems
+
+
+def _is_vocabulary(name: str) -> bool:
+    """Return whether a tensor has one row per token, by the names the libraries use."""
+    return any(word in name for word in ("embed", "lm_head", "wte", "shared.weight", "decoder.weight", "output.weight"))
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return "tensor a" or "3 tensors (a, b, c)" with the tail of long lists counted."""
+    if len(names) == 1:
+        return f"tensor {names[0]}"
+    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{len(names)} tensors ({', '.join(names[:_SHOWN])}{more})"

@@ -1,0 +1,138 @@
+"""Progress for people: a live display on a terminal, plain lines elsewhere.
+
+Owns how events look. Everything goes to stderr.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TransferSpeedColumn as SpeedColumn
+
+from pipeline.events import (
+    Committed,
+    Event,
+    FileWritten,
+    GroupSolved,
+    Listener,
+    Note,
+    PassEnded,
+    PassProgress,
+    PassStarted,
+)
+from pipeline.units import format_bytes, format_seconds
+
+_LOG = logging.getLogger(__name__)
+# Seconds between two progress lines in a log: a job of hours stays readable.
+_LINE_S = 10.0
+# Solved groups named one by one; of more, only the number is said.
+_NAMED_GROUPS = 8
+
+
+class TerminalProgress:
+    """A bar a pass with bytes, rate and time left; used as a context manager around the merge."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:>12}"),
+            BarColumn(),
+            DownloadColumn(),
+            SpeedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._solved = 0
+
+    def __enter__(self) -> TerminalProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        match event:
+            case PassStarted():
+                self._tasks[event.name] = self._progress.add_task(event.name, total=max(1, event.total_bytes))
+            case PassProgress():
+                self._progress.update(self._tasks[event.name], completed=event.done_bytes)
+            case PassEnded():
+                task = self._tasks[event.name]
+                self._progress.update(task, completed=self._progress.tasks[task].total)
+            case GroupSolved():
+                self._solved += 1
+                if self._solved <= _NAMED_GROUPS:
+                    self._progress.console.print(_solved_text(event), highlight=False)
+            case Note() | Committed():
+                self._progress.console.print(_text(event), highlight=False)
+            case _:
+                pass
+
+
+class LogLines:
+    """One line when something happened, and one every ten seconds of a pass."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, PassStarted] = {}
+        self._started = 0.0
+        self._last = 0.0
+        self._solved = 0
+
+    def __call__(self, event: Event) -> None:
+        """Log an event."""
+        now = time.monotonic()
+        match event:
+            case PassStarted():
+                self._totals[event.name] = event
+                self._started = self._last = now
+                _LOG.info("%s: %s of input for %d files", event.name, format_bytes(event.total_bytes), event.files)
+            case PassProgress() if now - self._last >= _LINE_S:
+                self._last = now
+                _LOG.info("%s", self._line(event, now))
+            case PassEnded():
+                _LOG.info("%s: done in %s", event.name, format_seconds(event.seconds))
+            case GroupSolved():
+                self._solved += 1
+                if self._solved <= _NAMED_GROUPS:
+                    _LOG.info("%s", _solved_text(event))
+            case FileWritten():
+                _LOG.info("wrote %s, %s", event.file, format_bytes(event.size_bytes))
+            case Note():
+                _LOG.warning("%s", event.text)
+            case Committed():
+                _LOG.info("%s", _text(event))
+            case _:
+                pass
+
+    def _line(self, event: PassProgress, now: float) -> str:
+        total = self._totals[event.name].total_bytes
+        rate = event.done_bytes / max(1e-9, now - self._started)
+        left = (total - event.done_bytes) / rate if rate > 0 else 0.0
+        return (
+            f"{event.name}: {format_bytes(event.done_bytes)} of {format_bytes(total)}, {format_bytes(rate)}/s,"
+            f" {format_seconds(max(0.0, left))} left"
+        )
+
+
+def fan_out(*listeners: Listener) -> Listener:
+    """Return a listener that tells all of these."""
+
+    def listener(event: Event) -> None:
+        for each in listeners:
+            each(event)
+
+    return listener
+
+
+def _solved_text(event: GroupSolved) -> str:
+    return f"solved {event.group}: {event.iterations} iterations, relative gap {event.relative_gap:.1e}"
+
+
+def _text(event: Note | Committed) -> str:
+    return f"note: {event.text}" if isinstance(event, Note) else f"committed {event.location}"
