@@ -80,9 +80,11 @@ def merge(recipe: str, output: str, overwrite: bool, as_json: bool, **options: A
     def body() -> dict[str, Any]:
         from rich.console import Console
 
+        from pipeline.engine.process import raise_descriptor_limit
         from pipeline.merging import merge as run_merge
         from pipeline.reporting.progress import LogLines, TerminalProgress
 
+        raise_descriptor_limit()
         console = Console(stderr=True)
         live = TerminalProgress(console) if console.is_terminal else None
         with live or nullcontext():

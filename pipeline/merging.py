@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import posixpath
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,9 +139,15 @@ def merge(
     Raises:
         PipelineError: Anything that stands in the way; nothing is committed then.
     """
-    resources = resources or Resources()
     recipe, text = load_recipe(recipe_url)
-    output = open_store(output_url)
+    with closing(open_store(output_url)) as output:
+        return _merge(recipe, text, output, resources or Resources(), overwrite=overwrite, listener=listener)
+
+
+def _merge(
+    recipe: Recipe, text: str, output: Store, resources: Resources, *, overwrite: bool, listener: Listener
+) -> dict[str, Any]:
+    """Merge a recipe that was read into a folder that was opened."""
     planned = plan_merge(recipe, output, resources, probe=False)
     plan = planned.plan
     for note in plan.notes:

@@ -88,6 +88,15 @@ def open_checkpoint(url: str, options: Mapping[str, object] | None = None) -> Ch
     """
     folder, single = _split_url(url)
     store = open_store(folder, options)
+    try:
+        return _open(store, single)
+    finally:
+        # A family of many shards would otherwise hold a descriptor for each header all through the merge.
+        store.close()
+
+
+def _open(store: Store, single: str) -> Checkpoint:
+    """Return the model in a folder, or in one file of it."""
     index = None if single else _read_index(store)
     paths = tuple(sorted(set(index.values()))) if index is not None else (single or _single_file(store),)
     headers = _read_headers(store, paths)

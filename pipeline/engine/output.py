@@ -51,6 +51,7 @@ def prepare(plan: Plan, output: Store, *, overwrite: bool) -> State:
     """
     refuse_inputs(plan, output)
     output.probe_writable()
+    output.sweep()
     paths = output.list()
     try:
         existing = read_json(output, PLAN)
@@ -110,6 +111,7 @@ def commit(plan: Plan, output: Store, donor: Checkpoint, documents: Mapping[str,
     for path in side_files(donor.store):
         if path != "config.json":
             output.write(path, donor.store.read(path))
+    donor.store.close()
     if donor.config:
         config = output_config(dict(donor.config), config_name(main_dtype(plan)))
         output.write("config.json", (json.dumps(config, indent=2) + "\n").encode())

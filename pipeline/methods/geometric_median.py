@@ -13,6 +13,7 @@ from pipeline.errors import Problem, RecipeError
 from pipeline.numerics.geometric_median import MedianSolution, solve_geometric_median
 from pipeline.numerics.streamed_median import Measured, Probe, streamed_median
 from pipeline.recipe import MethodSchema, Parameter, Recipe, model_numbers
+from pipeline.recipe.values import without_credentials
 
 # Squares of ratios of such weights, and sums of a million, are still numbers of float64.
 _LARGEST_WEIGHT = 1e75
@@ -49,7 +50,7 @@ class GeometricMedian:
         problems = [
             Problem(
                 what=f"the weight {weight:g} does not lie between {1 / _LARGEST_WEIGHT:g} and {_LARGEST_WEIGHT:g}",
-                where=f"model {entry.model}",
+                where=f"model {without_credentials(entry.model)}",
                 remedy="only ratios of weights count: scale all of them, or leave the model out",
             )
             for entry, weight in zip(recipe.models, weights, strict=True)

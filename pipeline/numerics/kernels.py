@@ -73,8 +73,8 @@ def pairwise_distances(points: Sequence[torch.Tensor]) -> ChunkDistances:
     """Return all pairwise squared distances of a chunk.
 
     The differences from the first point are formed in float64 (exact for 16-bit inputs of like magnitude), one
-    symmetric product a block gives G, and D_ij = G_ii + G_jj − 2 G_ij. Pairs much closer to each other than to the first
-    point are taken again from one of themselves, which serves all that lie around it.
+    symmetric product a block gives G, and D_ij = G_ii + G_jj − 2 G_ij. Pairs much closer to each other than to the
+    first point are taken again from one of themselves, which serves all that lie around it.
 
     Args:
         points: P tensors of shape (E,); the first is the reference (the base where there is one).

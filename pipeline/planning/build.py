@@ -19,6 +19,7 @@ from pipeline.planning.grid import chunk_elements
 from pipeline.planning.layout import lay_out
 from pipeline.planning.plan import GroupPlan, Input, Plan, Settings, Source, SourceFile, TensorPlan
 from pipeline.recipe import Recipe, canonical, unused_filters
+from pipeline.recipe.values import without_credentials
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,7 +192,7 @@ def _places(aligned: Aligned, positions: Sequence[Mapping[str, int]]) -> tuple[S
 def _input(name: str, checkpoint: Checkpoint) -> Input:
     files = tuple(SourceFile(path=f.path, size_bytes=f.size_bytes, version=f.version) for f in checkpoint.files)
     # The folder, also where one file of it was named: paths of files are relative to the store.
-    return Input(url=checkpoint.store.url, name=name, files=files)
+    return Input(url=checkpoint.store.url, name=without_credentials(name), files=files)
 
 
 def _donor(recipe: Recipe, sources: Sources) -> int:
@@ -208,7 +209,7 @@ def _check_tokenizer(recipe: Recipe, sources: Sources) -> None:
         raise CheckpointError(
             Problem(
                 what="has no tokenizer files, although tokenizer_source names it",
-                where=f"model {sources.names[donor]}",
+                where=f"model {without_credentials(sources.names[donor])}",
                 remedy="leave tokenizer_source out to merge without a tokenizer",
             )
         )

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from pipeline import __version__
+from pipeline.storage.redaction import redacted
 
 # Rows of the table before the rest is left to the report.
 _ROWS = 40
@@ -20,7 +21,7 @@ def model_card(report: dict[str, Any], recipe_text: str) -> str:
 
     Args:
         report: The merge's report.
-        recipe_text: The recipe as the user wrote it.
+        recipe_text: The recipe as the user wrote it; credentials in its URLs are left out.
     """
     models = [entry["model"] for entry in report["models"]]
     front = yaml.safe_dump(
@@ -38,7 +39,7 @@ def model_card(report: dict[str, Any], recipe_text: str) -> str:
             "## Recipe",
             "",
             "```yaml",
-            recipe_text.rstrip(),
+            redacted(recipe_text.rstrip(), ()),
             "```",
             "",
         ]

@@ -16,7 +16,7 @@ from typing import Protocol, Self
 from pipeline.errors import Problem, StorageError
 
 # Hidden, unique per process and attempt, and recognisable: a crashed run leaves such names, and no listing shows them.
-_TEMPORARY = re.compile(r"\..*\.[0-9]+-[0-9a-f]{16}\.part")
+_TEMPORARY = re.compile(r"\..*\.(?P<process>[0-9]+)-[0-9a-f]{16}\.part")
 
 
 class MissingObject(StorageError):  # noqa: N818 - reads as the fact it states
@@ -119,6 +119,12 @@ class Store(Protocol):
     def delete(self, path: str) -> None:
         """Remove an object; no error when there is none."""
 
+    def sweep(self) -> int:
+        """Remove what killed writers left under temporary names, and return how many objects that were.
+
+        Another process of this machine that is still writing is left alone.
+        """
+
     def free_bytes(self) -> int | None:
         """Return the bytes that can still be written; None when unknown or unlimited."""
 
@@ -177,6 +183,20 @@ def temporary_name(path: str) -> str:
     folder, _, name = path.rpartition("/")
     hidden = f".{name}.{os.getpid()}-{secrets.token_hex(8)}.part"
     return f"{folder}/{hidden}" if folder else hidden
+
+
+def is_abandoned(path: str) -> bool:
+    """Return whether a temporary name belongs to no process that runs on this machine."""
+    match = _TEMPORARY.fullmatch(path.rpartition("/")[2])
+    if match is None or int(match["process"]) == os.getpid():
+        return False
+    try:
+        os.kill(int(match["process"]), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False
 
 
 def is_temporary(path: str) -> bool:

@@ -72,6 +72,9 @@ class OpenFiles:
         if not file.readers:
             os.close(file.descriptor)
 
+    def __del__(self) -> None:
+        self.close()
+
     def close(self) -> None:
         """Close every descriptor that no read is using, and the others when they finish."""
         with self._lock:

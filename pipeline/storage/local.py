@@ -20,6 +20,7 @@ from pipeline.storage.base import (
     ObjectStat,
     checked_path,
     checked_range,
+    is_abandoned,
     is_temporary,
     probe,
     range_bytes,
@@ -107,7 +108,14 @@ class LocalStore:
     def list(self, prefix: str = "") -> tuple[str, ...]:
         """See `Store`; links to files count as files, links to folders and dangling links are left out."""
         prefix = checked_path(prefix, folder=True)
-        return tuple(sorted(self._below(prefix)))
+        return tuple(sorted(path for path in self._below(prefix) if not is_temporary(path)))
+
+    def sweep(self) -> int:
+        """See `Store`."""
+        abandoned = [path for path in self._below("") if is_abandoned(path)]
+        for path in abandoned:
+            self.delete(path)
+        return len(abandoned)
 
     def _below(self, folder: str) -> Iterator[str]:
         full = self.location(folder)
@@ -120,7 +128,7 @@ class LocalStore:
             path = f"{folder}/{name}" if folder else name
             if is_folder:
                 yield from self._below(path)
-            elif is_file and not is_temporary(name):
+            elif is_file:
                 yield path
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:

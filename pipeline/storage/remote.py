@@ -20,6 +20,7 @@ from pipeline.storage.base import (
     ObjectStat,
     checked_path,
     checked_range,
+    is_abandoned,
     is_temporary,
     probe,
     range_bytes,
@@ -124,6 +125,16 @@ class FsspecStore:
 
     def list(self, prefix: str = "") -> tuple[str, ...]:
         """See `Store`."""
+        return tuple(sorted(path for path in self._below(prefix) if not is_temporary(path)))
+
+    def sweep(self) -> int:
+        """See `Store`; unfinished multipart uploads are not objects and stay."""
+        abandoned = [path for path in self._below("") if is_abandoned(path)]
+        for path in abandoned:
+            self.delete(path)
+        return len(abandoned)
+
+    def _below(self, prefix: str) -> Iterator[str]:
         prefix = checked_path(prefix, folder=True)
         folder = f"{self._root}/{prefix}" if prefix else self._root
 
@@ -135,10 +146,9 @@ class FsspecStore:
         try:
             names = self._attempt("read", prefix, request)
         except MissingObject:
-            return ()
+            return
         inside = (name.partition("?")[0] for name in names)
-        paths = (name[len(self._root) + 1 :] for name in inside if name.startswith(folder + "/") and name[-1] != "/")
-        return tuple(sorted(path for path in paths if not is_temporary(path)))
+        yield from (name[len(self._root) + 1 :] for name in inside if name.startswith(folder + "/") and name[-1] != "/")
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
         """See `Store`."""

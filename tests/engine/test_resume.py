@@ -76,9 +76,7 @@ def kill_at(recipe: Path, out: Path, event: str, number: int) -> None:
         ("FileWritten", 5),
     ],
 )
-def test_killed_and_resumed(
-    recipe: Path, undisturbed: dict[str, str], tmp_path: Path, event: str, number: int
-) -> None:
+def test_killed_and_resumed(recipe: Path, undisturbed: dict[str, str], tmp_path: Path, event: str, number: int) -> None:
     out = tmp_path / "out"
     kill_at(recipe, out, event, number)
     store = open_store(str(out))

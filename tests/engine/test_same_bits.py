@@ -125,9 +125,7 @@ def test_threads_and_memory_leave_no_trace(
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        report = merge(
-            str(recipes["model-gram"]), str(tmp_path / "out"), resources=Resources(memory_bytes=SMALL_BYTES)
-        )
+        report = merge(str(recipes["model-gram"]), str(tmp_path / "out"), resources=Resources(memory_bytes=SMALL_BYTES))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)

@@ -237,3 +237,16 @@ def test_a_killed_writer_leaves_nothing_visible(tmp_path: Path) -> None:
     assert finished.returncode == -9
     assert len(everything_in(tmp_path)) == 1
     assert LocalStore(tmp_path).list() == ()
+
+
+def test_sweep_removes_what_dead_writers_left_and_nothing_else(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / "sub").mkdir()
+    leftover = tmp_path / "sub" / f".model.safetensors.{dead.pid}-0123456789abcdef.part"
+    alive = tmp_path / f".model.safetensors.{os.getppid()}-0123456789abcdef.part"
+    other = tmp_path / ".hidden.part"
+    for path in (leftover, alive, other, tmp_path / "kept"):
+        path.write_bytes(b"bytes")
+    assert open_store(str(tmp_path)).sweep() == 1
+    assert [path.exists() for path in (leftover, alive, other, tmp_path / "kept")] == [False, True, True, True]

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 
 from pipeline.engine.executors.base import Tick, Usage
-from pipeline.engine.process import peak_memory_bytes, pick_device, single_threaded_products
+from pipeline.engine.process import peak_memory_bytes, pick_device, raise_descriptor_limit, single_threaded_products
 from pipeline.engine.worker import Job, ShardWorker
 from pipeline.errors import PipelineError, Problem, WorkerError
 from pipeline.numerics.exact_sum import LIMBS
@@ -43,6 +43,7 @@ class _Actor:
     def __init__(self, job: Job) -> None:
         # The process is the actor's for life, so the setting is not put back.
         single_threaded_products().__enter__()
+        raise_descriptor_limit()
         self._worker = ShardWorker(dataclasses.replace(job, device=pick_device(job.device, 0)))
         self._group: Any = None
         self._world = 1
@@ -87,9 +88,9 @@ class _Actor:
         read, reused = self._worker.traffic()
         return {"done": self._worker.done_bytes, "peak": peak_memory_bytes(), "read": read, "reused": reused}
 
-    def close(self) -> None:
-        """Release what the worker holds."""
-        self._worker.close()
+    def process_id(self) -> int:
+        """Return the actor's process, for whoever must find it in a node's list of processes."""
+        return os.getpid()
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
         """Return the sum of all ranks' integers, exact in any order."""

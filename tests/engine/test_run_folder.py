@@ -1,0 +1,136 @@
+"""What a merge leaves for a second run."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.checkpoints.tables import read_table_metadata
+from pipeline.engine.run_folder import (
+    MEASURED,
+    WRITTEN,
+    ChunkRow,
+    finished,
+    group_sums,
+    load_rows,
+    measured_path,
+    read_json,
+    save_rows,
+    square,
+    triangle,
+    write_json,
+    written_path,
+)
+from pipeline.errors import VerificationError
+from pipeline.numerics.exact_sum import ExactSum
+from pipeline.storage import Store, open_store
+from tests.planning.plans import plan_by_hand, tensor
+
+FILE = "model-00001-of-00002.safetensors"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path))
+
+
+def rows() -> tuple[ChunkRow, ...]:
+    return tuple(
+        ChunkRow(
+            tensor=number % 2,
+            start=number << 20,
+            distances=(0.1 * number, 1e-300, 5e-324),
+            unchanged=(1 << 20, number, 0),
+            checksums=(-(1 << 63), (1 << 63) - 1, -number),
+        )
+        for number in range(5)
+    )
+
+
+def test_rows_come_back_bit_for_bit(store: Store) -> None:
+    save_rows(store, FILE, rows(), "f" * 64)
+    assert load_rows(store, FILE) == rows()
+    assert read_table_metadata(store, measured_path(FILE))["fingerprint"] == "f" * 64
+
+
+def test_a_file_without_chunks_has_no_rows(store: Store) -> None:
+    save_rows(store, FILE, (), "f")
+    assert load_rows(store, FILE) == ()
+
+
+def test_rows_of_a_single_model_have_no_distances(store: Store) -> None:
+    row = ChunkRow(tensor=0, start=0, distances=(), unchanged=(3,), checksums=(1,))
+    save_rows(store, FILE, (row,), "f")
+    assert load_rows(store, FILE) == (row,)
+
+
+def test_finished_files_are_those_with_a_marker(store: Store) -> None:
+    assert finished(store, MEASURED, ".parquet") == finished(store, WRITTEN, ".json") == frozenset()
+    save_rows(store, FILE, rows(), "f")
+    write_json(store, written_path("other.safetensors"), {"a": 1})
+    store.write(f"{MEASURED}/half.parquet.tmp", b"")
+    assert finished(store, MEASURED, ".parquet") == {FILE}
+    assert finished(store, WRITTEN, ".json") == {"other.safetensors"}
+
+
+def test_documents_come_back_and_can_be_read_by_people(store: Store) -> None:
+    document = {"fingerprint": "ü", "numbers": [0.1, 1e-300, 5], "none": None}
+    assert read_json(store, "a/b.json") is None
+    write_json(store, "a/b.json", document)
+    assert read_json(store, "a/b.json") == document
+    assert store.read("a/b.json").count(b"\n") > 4
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"null", b"\xff\xfe", b'{"a": 1'])
+def test_a_damaged_document_is_an_error_that_names_it(store: Store, data: bytes) -> None:
+    store.write("plan.json", data)
+    with pytest.raises(VerificationError, match="damaged") as caught:
+        read_json(store, "plan.json")
+    assert caught.value.problems[0].where == store.location("plan.json")
+    assert "--overwrite" in caught.value.problems[0].remedy
+
+
+@given(st.integers(0, 8), st.data())
+def test_a_triangle_and_its_square(count: int, data: st.DataObject) -> None:
+    size = count * (count - 1) // 2
+    values = data.draw(st.lists(st.floats(0, 1e300), min_size=size, max_size=size))
+    matrix = square(values, count)
+    assert matrix.shape == (count, count)
+    assert matrix.dtype == np.float64
+    assert np.array_equal(matrix, matrix.T)
+    assert not np.diagonal(matrix).any()
+    assert triangle(matrix) == tuple(values)
+    if count > 2:
+        assert matrix[0, 1] == values[0]
+        assert matrix[0, 2] == values[1]
+        assert matrix[1, 2] == values[count - 1]
+
+
+def test_sums_by_group_are_exact_and_leave_copied_tensors_out() -> None:
+    plan = plan_by_hand([tensor("a", 9, group=1), tensor("ids", 9, dtype="I64", group=-1), tensor("b", 9)], [])
+    generator = np.random.default_rng(0)
+    chunks = [
+        ChunkRow(
+            tensor=number % 3,
+            start=number,
+            distances=tuple(generator.uniform(0, 1, 3) * 10.0 ** generator.integers(-20, 20, 3)),
+            unchanged=(0, 0, 0),
+            checksums=(0, 0, 0),
+        )
+        for number in range(60)
+    ]
+    found = group_sums(plan, chunks)
+    assert sorted(found) == [0, 1]
+    assert group_sums(plan, ()) == {}
+    for group, member in ((1, 0), (0, 2)):
+        columns = zip(*(row.distances for row in chunks if row.tensor == member), strict=True)
+        wanted = [math.fsum(column) for column in columns]
+        assert ExactSum.from_limbs(found[group]).total().tolist() == wanted
+    # In any order and in parts.
+    halves = [group_sums(plan, chunks[45:]), group_sums(plan, chunks[:45][::-1])]
+    total = ExactSum.from_limbs(halves[0][1])
+    total.merge(ExactSum.from_limbs(halves[1][1]))
+    assert total.total().tolist() == ExactSum.from_limbs(found[1]).total().tolist()

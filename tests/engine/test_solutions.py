@@ -1,0 +1,182 @@
+"""From distances to factors, geometry and the scale, against the points themselves."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pipeline.engine.solutions import (
+    Solution,
+    fixed_solution,
+    geometry,
+    predicted_distances,
+    solution_from_json,
+    solve_group,
+)
+from pipeline.methods.geometric_median import METHOD
+from pipeline.planning.plan import GroupPlan, Plan
+from tests.planning.plans import plan_by_hand
+
+MODELS, ELEMENTS = 5, 30
+
+
+def points(seed: int = 0) -> np.ndarray:
+    """A base and models as rows."""
+    generator = np.random.default_rng(seed)
+    base = generator.normal(size=ELEMENTS)
+    tasks = generator.normal(size=(MODELS, ELEMENTS)) * np.array([[1.0], [0.5], [2.0], [1.0], [10.0]])
+    return np.vstack([base, base + tasks + 0.3])
+
+
+def squares(points_PE: np.ndarray) -> np.ndarray:
+    result: np.ndarray = ((points_PE[:, None] - points_PE[None]) ** 2).sum(axis=2)
+    return result
+
+
+def plan(weights: tuple[float, ...] = (1.0, 2.0, 1.0, 1.0, 0.5), *, base: bool = True, **settings: object) -> Plan:
+    of = plan_by_hand([], [], inputs=MODELS + base, **settings)
+    fields = {name: getattr(of, name) for name in of.__dataclass_fields__}
+    group = GroupPlan(name="model", elements=ELEMENTS, coefficients=None)
+    models = tuple(range(base, MODELS + base))
+    return Plan(**{**fields, "weights": weights, "groups": (group,), "base": 0 if base else None, "models": models})
+
+
+def solved(of: Plan, points_PE: np.ndarray) -> Solution:
+    return solve_group(of, METHOD, 0, squares(points_PE))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.0, 1.7, -1.0])
+def test_factors_are_base_plus_scaled_task_vector(scale: float) -> None:
+    points_PE = points()
+    solution = solved(plan(scale=scale), points_PE)
+    median = np.array(solution.coefficients) @ points_PE[1:]
+    wanted = points_PE[0] + scale * (median - points_PE[0])
+    assert np.array(solution.factors) @ points_PE == pytest.approx(wanted, abs=1e-12)
+    assert sum(solution.factors) == pytest.approx(1.0, abs=1e-12)
+    assert solution.scale == scale
+    assert len(solution.factors) == MODELS + 1
+
+
+def test_the_median_has_no_gradient() -> None:
+    """Independent of the solver's own certificate: the weighted unit vectors cancel."""
+    points_PE = points()
+    solution = solved(plan(), points_PE)
+    merged = np.array(solution.factors) @ points_PE
+    differences = points_PE[1:] - merged
+    lengths = np.linalg.norm(differences, axis=1)
+    weights = np.array([1.0, 2.0, 1.0, 1.0, 0.5])
+    assert np.linalg.norm((weights / lengths) @ differences) < 1e-6 * weights.sum()
+    assert solution.median is not None
+    assert solution.median.objective == pytest.approx(float(weights @ lengths), rel=1e-9)
+
+
+def test_without_a_base_there_are_only_the_models() -> None:
+    points_PE = points()[1:]
+    solution = solved(plan(base=False), points_PE)
+    assert solution.factors == solution.coefficients
+    assert geometry(plan(base=False), solution) == (None, None)
+    # Translation moves nothing: the same as with a base.
+    assert solution.coefficients == pytest.approx(solved(plan(), points()).coefficients, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_scale_of_norm_gives_the_weighted_mean_norm(seed: int) -> None:
+    points_PE = points(seed)
+    solution = solved(plan(scale=None), points_PE)
+    merged = np.array(solution.factors) @ points_PE
+    norms = np.linalg.norm(points_PE[1:] - points_PE[0], axis=1)
+    wanted = np.average(norms, weights=[1.0, 2.0, 1.0, 1.0, 0.5])
+    assert np.linalg.norm(merged - points_PE[0]) == pytest.approx(wanted, rel=1e-10)
+    assert solution.scale > 1.0
+    plain = solved(plan(), points_PE)
+    assert solution.coefficients == plain.coefficients
+
+
+def test_a_median_at_the_base_is_not_lengthened() -> None:
+    """Opposite task vectors of one length: their median is the base, which no factor lengthens."""
+    generator = np.random.default_rng(3)
+    base, step = generator.normal(size=(2, ELEMENTS))
+    other = generator.normal(size=ELEMENTS)
+    points_PE = np.vstack([base, base + step, base - step, base + other, base - other, base])
+    solution = solved(plan((1.0,) * 5, scale=None), points_PE)
+    assert solution.scale == 1.0
+    assert np.array(solution.factors) @ points_PE == pytest.approx(base, abs=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3, None])
+def test_predicted_distances_are_those_of_the_points(scale: float | None) -> None:
+    points_PE = points(7)
+    solution = solved(plan(scale=scale), points_PE)
+    merged = np.array(solution.factors) @ points_PE
+    assert predicted_distances(solution) == pytest.approx(np.linalg.norm(points_PE - merged, axis=1), rel=1e-11)
+
+
+def test_predicted_distances_at_a_point_are_zero_and_not_nan() -> None:
+    points_PE = points()
+    solution = solved(plan((1e6, 1.0, 1.0, 1.0, 1.0)), points_PE)
+    assert solution.coefficients == (1.0, 0.0, 0.0, 0.0, 0.0)
+    found = predicted_distances(solution)
+    assert found[1] == pytest.approx(0.0, abs=1e-6)
+    assert np.isfinite(found).all()
+
+
+def test_norms_and_cosines_of_task_vectors() -> None:
+    points_PE = points()
+    of = plan()
+    norms, cosines = geometry(of, solved(of, points_PE))
+    tasks = points_PE[1:] - points_PE[0]
+    wanted = np.linalg.norm(tasks, axis=1)
+    assert norms == pytest.approx(wanted.tolist(), rel=1e-13)
+    assert np.array(cosines) == pytest.approx(tasks @ tasks.T / np.outer(wanted, wanted), abs=1e-13)
+    assert cosines is not None
+    assert [cosines[index][index] for index in range(MODELS)] == [1.0] * MODELS
+
+
+def test_a_task_vector_of_length_zero_has_no_direction() -> None:
+    points_PE = points()
+    points_PE[2] = points_PE[0]
+    of = plan()
+    norms, cosines = geometry(of, solved(of, points_PE))
+    assert norms is not None
+    assert cosines is not None
+    assert norms[1] == 0.0
+    assert cosines[1] == [None] * MODELS
+    assert [row[1] for row in cosines] == [None] * MODELS
+    assert all(-1 <= cosines[i][j] <= 1 for i in (0, 2, 3, 4) for j in (0, 2, 3, 4))  # type: ignore[operator]
+
+
+def test_parallel_task_vectors_have_cosines_within_bounds() -> None:
+    generator = np.random.default_rng(5)
+    base, step = generator.normal(size=(2, ELEMENTS))
+    points_PE = np.vstack([base] + [base + factor * step for factor in (1.0, 3.0, -0.1, 1e3, 7.0)])
+    _, cosines = geometry(plan(), solved(plan(), points_PE))
+    signs = np.sign([1.0, 3.0, -0.1, 1e3, 7.0])
+    found = np.array(cosines)
+    assert found == pytest.approx(np.outer(signs, signs), abs=1e-9)
+    assert np.abs(found).max() <= 1.0
+
+
+def test_a_fixed_solution_has_what_the_recipe_says() -> None:
+    of = plan()
+    fields = {name: getattr(of, name) for name in of.__dataclass_fields__}
+    coefficients = (0.1, 0.2, 0.3, 0.4, 0.5)
+    of = Plan(**{**fields, "groups": (GroupPlan(name="model", elements=1, coefficients=coefficients),)})
+    solution = fixed_solution(of, 0)
+    assert solution.factors == (0.0, *coefficients)
+    assert (solution.coefficients, solution.scale, solution.median, solution.distances) == (coefficients, 1.0, None, ())
+    assert geometry(of, solution) == (None, None)
+
+
+def test_a_saved_solution_comes_back_bit_for_bit() -> None:
+    solution = solved(plan(scale=None), points())
+    again = solution_from_json(json.loads(json.dumps(solution.to_json())))
+    assert again.factors == solution.factors
+    assert again.coefficients == solution.coefficients
+    assert again.scale == solution.scale
+    assert again.distances == solution.distances
+    assert again.median is not None
+    assert solution.median is not None
+    for name in ("coefficients", "objective", "lower_bound", "relative_gap", "iterations", "optimum", "unique", "distances"):
+        assert getattr(again.median, name) == getattr(solution.median, name)
+    fixed = Solution(group=3, factors=(1.0,), coefficients=(1.0,), scale=1.0, median=None, distances=())
+    assert solution_from_json(json.loads(json.dumps(fixed.to_json()))) == fixed
