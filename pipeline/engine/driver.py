@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -167,15 +167,7 @@ class Driver:
             solutions = self._stream(wanted, tables)
         else:
             solutions = {group: solve_group(plan, method, group, tables[group]) for group in wanted}
-        for group, solution in solutions.items():
-            if solution.median is not None:
-                self._listen(
-                    GroupSolved(
-                        group=plan.groups[group].name,
-                        iterations=solution.median.iterations,
-                        relative_gap=solution.median.relative_gap,
-                    )
-                )
+        self._tell_solved(solutions.values())
         write_json(self._output, SOLUTIONS, {"solutions": [solution.to_json() for solution in solutions.values()]})
         self._outcome.seconds["solve"] = time.perf_counter() - started
         return solutions
@@ -235,8 +227,17 @@ class Driver:
         with self._pass("write", total, len(missing)) as tick:
             for file, record in self._start().map("write", items, tick):
                 written[file] = record
+                self._tell_solved(record.solutions)
                 self._listen(FileWritten(file=record.name, size_bytes=record.size_bytes))
         return written
+
+    def _tell_solved(self, solutions: Iterable[Solution]) -> None:
+        """Emit an event for every group that was solved just now, here or by a worker."""
+        for solution in solutions:
+            if solution.median is not None:
+                group = self._plan.groups[solution.group].name
+                median = solution.median
+                self._listen(GroupSolved(group=group, iterations=median.iterations, relative_gap=median.relative_gap))
 
     def _holds(self, name: str, size_bytes: int) -> bool:
         """Return whether a file is there in full."""

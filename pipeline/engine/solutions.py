@@ -69,8 +69,8 @@ def solve_group(plan: Plan, method: GramMethod, group: int, distances_PP: np.nda
 def with_median(plan: Plan, group: int, distances_PP: np.ndarray, median: MedianSolution) -> Solution:
     """Return the solution that a median found elsewhere gives: its factors under the recipe's scale."""
     scale = plan.settings.scale
-    if scale is None:
-        scale = _norm_scale(distances_PP, median.coefficients, plan.weights)
+    if isinstance(scale, str):
+        scale = _norm_scale(scale, distances_PP, median.coefficients, plan.weights)
     factors = tuple(scale * coefficient for coefficient in median.coefficients)
     return Solution(
         group=group,
@@ -133,13 +133,36 @@ def solution_from_json(data: Mapping[str, Any]) -> Solution:
     )
 
 
-def _norm_scale(distances_PP: np.ndarray, coefficients_N: Sequence[float], weights_N: Sequence[float]) -> float:
-    """Return λ such that ‖λ·median‖ is the weighted mean norm of the task vectors; 1 when the median is the base."""
-    factors_P = np.array([0.0, *coefficients_N])
-    products_P = distances_PP @ factors_P
-    squared = float(products_P[0] - 0.5 * factors_P @ products_P)
-    mean_norm = math.fsum(
-        weight * math.sqrt(value) for weight, value in zip(weights_N, distances_PP[0, 1:], strict=True)
-    ) / math.fsum(weights_N)
-    # Below this the difference of O(mean_norm²) numbers is rounding: the median is the base, and no λ lengthens it.
-    return mean_norm / math.sqrt(squared) if squared > 1e-14 * mean_norm**2 and squared > 0 else 1.0
+def _norm_scale(
+    rule: str, distances_PP: np.ndarray, coefficients_N: Sequence[float], weights_N: Sequence[float]
+) -> float:
+    """Return λ such that ‖λ·median‖ is the weighted mean ("norm") or median ("median_norm") of the norms.
+
+    1 when the median is the base: no λ lengthens it then.
+    """
+    squared_N = distances_PP[0, 1:]
+    # Inner products around the base: a far model of small coefficient costs no digits.
+    gram_NN = 0.5 * (squared_N[:, None] + squared_N[None, :] - distances_PP[1:, 1:])
+    coefficients = np.asarray(coefficients_N)
+    length = math.sqrt(max(0.0, float(coefficients @ gram_NN @ coefficients)))
+    wanted = (_weighted_mean if rule == "norm" else _weighted_median)(np.sqrt(squared_N).tolist(), weights_N)
+    # Below this the length is rounding.
+    return wanted / length if length > 1e-7 * wanted else 1.0
+
+
+def _weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    return math.fsum(w * v for w, v in zip(weights, values, strict=True)) / math.fsum(weights)
+
+
+def _weighted_median(values: Sequence[float], weights: Sequence[float]) -> float:
+    """Return the value with at most half of the weight on either side; the middle of two where they tie."""
+    half = 0.5 * math.fsum(weights)
+    below = 0.0
+    ordered = sorted(zip(values, weights, strict=True))
+    for (value, weight), following in zip(ordered, [*ordered[1:], ordered[-1]], strict=True):
+        below += weight
+        if math.isclose(below, half, rel_tol=1e-12):
+            return 0.5 * (value + following[0])
+        if below > half:
+            return value
+    return ordered[-1][0]

@@ -97,11 +97,13 @@ class ChunkSource:
             raw = dict(self._kept.pop(key, {}) if drop else self._kept.get(key, {}))
         missing = [index for index in wanted if index not in raw]
         reused = sum(raw[index].nbytes for index in wanted if index in raw)
-        kept_bytes = sum(array.nbytes for array in raw.values())
+        sizes = {index: self._range(chunk, index)[2] for index in missing}
+        # Room to give back at the end: of what is dropped, and of what was to be kept until it is.
+        freed_bytes = sum(array.nbytes for array in raw.values()) if drop else 0
         slot = None
         try:
-            kept = bool(missing) and keep and self._reserve(chunk, missing)
-            sizes = {index: self._range(chunk, index)[2] for index in missing}
+            kept = bool(missing) and keep and self._reserve(sum(sizes.values()))
+            freed_bytes += sum(sizes.values()) if kept else 0
             if missing and not kept:
                 slot = self._slots.get()
             fresh = _carve(slot, sizes) if slot is not None else {i: np.empty(n, np.uint8) for i, n in sizes.items()}
@@ -111,13 +113,13 @@ class ChunkSource:
                 self.reused_bytes += reused
                 if kept:
                     self._kept[key] = {**raw, **fresh}
+                    freed_bytes -= sum(sizes.values())
             yield Loaded(chunk=chunk, raw={**raw, **fresh})
         finally:
             if slot is not None:
                 self._slots.put(slot)
-            if drop and kept_bytes:
-                with self._lock:
-                    self._room_bytes += kept_bytes
+            with self._lock:
+                self._room_bytes += freed_bytes
 
     def check_alias(self, loaded: Loaded) -> None:
         """Raise when a tied second copy of this chunk does not hold the same bytes.
@@ -207,12 +209,11 @@ class ChunkSource:
         with self._lock:
             self.read_bytes += array.nbytes
 
-    def _reserve(self, chunk: Chunk, inputs: Sequence[int]) -> bool:
-        """Return whether there is room to keep a chunk, and take it."""
-        size = sum(self._range(chunk, index)[2] for index in inputs)
+    def _reserve(self, size_bytes: int) -> bool:
+        """Return whether there is room to keep that much, and take it."""
         with self._lock:
-            fits = size <= self._room_bytes
-            self._room_bytes -= size if fits else 0
+            fits = size_bytes <= self._room_bytes
+            self._room_bytes -= size_bytes if fits else 0
         return fits
 
 

@@ -125,7 +125,7 @@ def _settings(recipe: Recipe, method: Method) -> Settings:
         method=recipe.merge_method,
         scope=pipeline.scope if isinstance(pipeline.scope, str) else "patterns",
         distances=pipeline.distances,
-        scale=None if pipeline.scale == "norm" else float(pipeline.scale),
+        scale=pipeline.scale,
         tolerance=pipeline.tolerance,
         non_finite=pipeline.non_finite,
         cast=header_name(recipe.dtype) if recipe.dtype else None,

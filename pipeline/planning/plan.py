@@ -95,13 +95,13 @@ class Settings:
 
     Attributes:
         cast: Header dtype that inputs are cast to first (the recipe's `dtype`), or None.
-        scale: λ, or None for `norm`.
+        scale: λ, or the rule that finds it: "norm" or "median_norm".
     """
 
     method: str
     scope: str
     distances: str
-    scale: float | None
+    scale: float | str
     tolerance: float
     non_finite: str
     cast: str | None

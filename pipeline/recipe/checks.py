@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-from pipeline.recipe.content import ModelEntry, NamedPatterns, PipelineSettings, Recipe, keys_of
+from pipeline.recipe.content import SCALES, ModelEntry, NamedPatterns, PipelineSettings, Recipe, keys_of
 from pipeline.recipe.document import Path
 from pipeline.recipe.findings import Findings, nearest, path_text
 from pipeline.recipe.parameters import MethodSchema
@@ -219,7 +219,7 @@ def _check_no_base(raw: Mapping[str, object], pipeline: Mapping[str, object], fi
         what = "`pipeline.non_finite: base` needs a base model"
         findings.add(("pipeline", "non_finite"), what, "add `base_model`")
     scale = pipeline.get("scale", 1.0)
-    if scale == "norm" or _readable(read_number, scale) not in (None, 1.0):
+    if scale in SCALES or _readable(read_number, scale) not in (None, 1.0):
         what = "a `pipeline.scale` other than 1 needs a base model that task vectors start from"
         findings.add(("pipeline", "scale"), what, "add `base_model`")
     if raw.get("tokenizer_source") == "base":

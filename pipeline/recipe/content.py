@@ -24,6 +24,7 @@ from pipeline.recipe.values import (
 
 SCOPES = ("model", "block", "tensor")
 DISTANCES = ("gram", "stream")
+SCALES = ("norm", "median_norm")
 NON_FINITE = ("error", "base")
 # mergekit's default, and what the Hugging Face hub and its tools are used to.
 DEFAULT_FILE_SIZE_BYTES = 5_000_000_000
@@ -46,13 +47,14 @@ def _optional(read: Callable[[object], object]) -> BeforeValidator:
 
 
 def _read_scale(raw: object) -> float | str:
-    if raw == "norm":
-        return "norm"
+    if raw in SCALES:
+        return str(raw)
     if isinstance(raw, (bool, str, list, dict)) or raw is None:
         try:
             return read_number(raw)
         except RefusalError as error:
-            raise RefusalError(f'must be a number or "norm", not {describe(raw)}') from error
+            words = " or ".join(f'"{word}"' for word in SCALES)
+            raise RefusalError(f"must be a number or {words}, not {describe(raw)}") from error
     return read_number(raw)
 
 
@@ -137,9 +139,10 @@ class PipelineSettings(_Frozen):
         default="gram",
         description="gram: one pass measures all pairwise distances; stream: every iteration measures its own.",
     )
-    scale: Annotated[float | Literal["norm"], BeforeValidator(_read_scale)] = Field(
+    scale: Annotated[float | Literal["norm", "median_norm"], BeforeValidator(_read_scale)] = Field(
         default=1.0,
-        description="Factor on the merged task vector; norm derives it from the norms of the inputs.",
+        description="Factor on the merged task vector; norm makes it as long as the weighted mean of the inputs' task"
+        " vectors, median_norm as long as their weighted median.",
     )
     tolerance: Annotated[float, BeforeValidator(_read_tolerance)] = Field(
         default=DEFAULT_TOLERANCE, description="Relative gap that the certificate must prove, between 0 and 1."

@@ -14,6 +14,7 @@ from pipeline.recipe.checks import IDLE, IDLE_PARAMETERS, STATISTICS_KEYS
 from pipeline.recipe.content import (
     DISTANCES,
     NON_FINITE,
+    SCALES,
     SCOPES,
     ModelEntry,
     NamedPatterns,
@@ -118,7 +119,7 @@ def _pipeline_schema() -> Schema:
     values: dict[str, Schema] = {
         "scope": {"anyOf": [{"enum": list(SCOPES)}, {"type": "array", "minItems": 1, "items": sets}]},
         "distances": {"enum": list(DISTANCES)},
-        "scale": {"anyOf": [*_branches(number), {"const": "norm"}]},
+        "scale": {"anyOf": [*_branches(number), {"enum": list(SCALES)}]},
         "tolerance": _FRACTION,
         "file_size": _SIZE,
         "non_finite": {"enum": list(NON_FINITE)},

@@ -12,11 +12,13 @@ from pipeline.planning.plan import Plan
 
 # Names in one sentence before the rest is counted.
 _SHOWN = 4
+# A mean norm this many times the median norm is made by one model or a few, not by the family.
+_STRETCHED = 1.5
 
 
 def observations(plan: Plan, outcome: Outcome) -> list[str]:
     """Return what is legal but worth saying, in the order of the points and groups; [] when nothing was measured."""
-    return [*_copies(plan, outcome), *_not_unique(plan, outcome)]
+    return [*_copies(plan, outcome), *_not_unique(plan, outcome), *_long_vectors(plan, outcome)]
 
 
 def _copies(plan: Plan, outcome: Outcome) -> list[str]:
@@ -48,3 +50,19 @@ def _not_unique(plan: Plan, outcome: Outcome) -> list[str]:
         f"the geometric median is not unique in {', '.join(names[:_SHOWN])}{more}: every point between two models is as"
         " good; the middle was taken"
     ]
+
+
+def _long_vectors(plan: Plan, outcome: Outcome) -> list[str]:
+    """Return a warning when `scale: norm` follows a few task vectors that are much longer than the others."""
+    if plan.settings.scale != "norm":
+        return []
+    for solution in outcome.solutions:
+        norms = np.sqrt(np.array(solution.distances)[0, plan.offset :])
+        if len(norms) > 2 and norms.mean() > _STRETCHED * np.median(norms):
+            longest = plan.model_names()[int(norms.argmax())]
+            times = norms.max() / np.median(norms)
+            return [
+                f"scale: norm follows the task vector of {longest}, {times:.3g} times as long as the median one;"
+                " scale: median_norm does not"
+            ]
+    return []

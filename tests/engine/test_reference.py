@@ -115,19 +115,23 @@ def test_scale_lengthens_the_task_vector(family: Family, tmp_path: Path, scale: 
         torch.testing.assert_close(value, base + scale * (median - base), rtol=1e-13, atol=1e-15)
 
 
-def test_scale_norm_gives_the_mean_norm_of_the_task_vectors(family: Family, tmp_path: Path) -> None:
-    recipe = family.recipe(
-        pipeline={"scale": "norm"}, out_dtype="float64", name="norm.yaml", weights=[1, 2, 1, 1, 1, 1]
-    )
+@pytest.mark.parametrize("rule", ["norm", "median_norm"])
+def test_scale_by_the_norms_of_the_task_vectors(family: Family, tmp_path: Path, rule: str) -> None:
+    recipe = family.recipe(pipeline={"scale": rule}, out_dtype="float64", name="norm.yaml", weights=[1, 2, 1, 1, 1, 1])
     report = merge(str(recipe), str(tmp_path / "out"))
     names = list(family.base_values)
     base = flatten(family.base_values, names)
     norms = np.array([np.linalg.norm(flatten(model, names) - base) for model in family.values])
-    wanted = np.average(norms, weights=[1, 2, 1, 1, 1, 1])
+    weights = np.array([1, 2, 1, 1, 1, 1])
+    order = np.argsort(norms)
+    median = norms[order[np.searchsorted(np.cumsum(weights[order]), weights.sum() / 2)]]
+    wanted = np.average(norms, weights=weights) if rule == "norm" else median
     found = np.linalg.norm(flatten(load_folder(tmp_path / "out"), names) - base)
     assert found == pytest.approx(wanted, rel=1e-10)
     assert report["groups"][0]["scale"] > 1
     np.testing.assert_allclose(report["groups"][0]["norms"], norms, rtol=1e-10)
+    warned = [note for note in report["notes"] if "scale: norm follows the task vector of" in note]
+    assert bool(warned) == (rule == "norm")
 
 
 def test_report_says_what_the_numbers_are(family: Family, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from pipeline.planning.plan import GroupPlan, Plan
 from tests.planning.plans import plan_by_hand
 
 MODELS, ELEMENTS = 5, 30
+WEIGHTS = (1.0, 1.2, 1.0, 1.0, 0.5)
 
 
 def points(seed: int = 0) -> np.ndarray:
@@ -33,7 +34,7 @@ def squares(points_PE: np.ndarray) -> np.ndarray:
     return result
 
 
-def plan(weights: tuple[float, ...] = (1.0, 2.0, 1.0, 1.0, 0.5), *, base: bool = True, **settings: object) -> Plan:
+def plan(weights: tuple[float, ...] = WEIGHTS, *, base: bool = True, **settings: object) -> Plan:
     of = plan_by_hand([], [], inputs=MODELS + base, **settings)
     fields = {name: getattr(of, name) for name in of.__dataclass_fields__}
     group = GroupPlan(name="model", elements=ELEMENTS, coefficients=None)
@@ -61,12 +62,13 @@ def test_the_median_has_no_gradient() -> None:
     """Independent of the solver's own certificate: the weighted unit vectors cancel."""
     points_PE = points()
     solution = solved(plan(), points_PE)
+    assert solution.median is not None
+    assert solution.median.optimum == "interior"
     merged = np.array(solution.factors) @ points_PE
     differences = points_PE[1:] - merged
     lengths = np.linalg.norm(differences, axis=1)
-    weights = np.array([1.0, 2.0, 1.0, 1.0, 0.5])
+    weights = np.array(WEIGHTS)
     assert np.linalg.norm((weights / lengths) @ differences) < 1e-6 * weights.sum()
-    assert solution.median is not None
     assert solution.median.objective == pytest.approx(float(weights @ lengths), rel=1e-9)
 
 
@@ -85,7 +87,7 @@ def test_a_scale_of_norm_gives_the_weighted_mean_norm(seed: int) -> None:
     solution = solved(plan(scale=None), points_PE)
     merged = np.array(solution.factors) @ points_PE
     norms = np.linalg.norm(points_PE[1:] - points_PE[0], axis=1)
-    wanted = np.average(norms, weights=[1.0, 2.0, 1.0, 1.0, 0.5])
+    wanted = np.average(norms, weights=WEIGHTS)
     assert np.linalg.norm(merged - points_PE[0]) == pytest.approx(wanted, rel=1e-10)
     assert solution.scale > 1.0
     plain = solved(plan(), points_PE)
@@ -176,7 +178,16 @@ def test_a_saved_solution_comes_back_bit_for_bit() -> None:
     assert again.distances == solution.distances
     assert again.median is not None
     assert solution.median is not None
-    for name in ("coefficients", "objective", "lower_bound", "relative_gap", "iterations", "optimum", "unique", "distances"):
+    for name in (
+        "coefficients",
+        "objective",
+        "lower_bound",
+        "relative_gap",
+        "iterations",
+        "optimum",
+        "unique",
+        "distances",
+    ):
         assert getattr(again.median, name) == getattr(solution.median, name)
     fixed = Solution(group=3, factors=(1.0,), coefficients=(1.0,), scale=1.0, median=None, distances=())
     assert solution_from_json(json.loads(json.dumps(fixed.to_json()))) == fixed

@@ -1,5 +1,6 @@
 """Chunks from real files: what is read, what is kept, and what is refused."""
 
+import itertools
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -73,7 +74,7 @@ def test_arrays_are_aligned_disjoint_and_their_buffer_comes_back(plan: Plan) -> 
         with source.lease(chunk(plan, "b", 0, stop), plan.points) as loaded:
             places = sorted((array.ctypes.data, array.nbytes) for array in loaded.raw.values())
             assert all(address % 64 == 0 for address, _ in places)
-            assert all(a + size <= b for (a, size), (b, _) in zip(places, places[1:], strict=False))
+            assert all(a + size <= b for (a, size), (b, _) in itertools.pairwise(places))
             assert all(torch.from_numpy(array).view(torch.float32).numel() == stop for array in loaded.raw.values())
 
 
@@ -173,9 +174,7 @@ def test_inputs_that_join_later_are_kept_beside_the_others(plan: Plan) -> None:
     assert source.read_bytes == 2 * 480
 
 
-def test_a_read_that_fails_leaves_no_buffer_and_no_room_behind(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_read_that_fails_leaves_no_buffer_and_no_room_behind(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     source = source_of(plan, window=1, retained_bytes=480)
 
     def broken(*_: object) -> None:
@@ -286,9 +285,9 @@ def test_a_tied_copy_with_other_bytes_is_refused(tmp_path: Path) -> None:
     source = source_of(plan)
     with source.lease(chunk(plan, "model.embed_tokens.weight", 0, 31), (0, 1, 2)) as loaded:
         source.check_alias(loaded)
-    with source.lease(chunk(plan, "model.embed_tokens.weight", 31, 32), (0, 1, 2)) as loaded:
-        with pytest.raises(CheckpointError) as caught:
-            source.check_alias(loaded)
+    last = chunk(plan, "model.embed_tokens.weight", 31, 32)
+    with source.lease(last, (0, 1, 2)) as loaded, pytest.raises(CheckpointError) as caught:
+        source.check_alias(loaded)
     assert caught.value.problems[0].where == f"model {tmp_path / 'm2'}, tensor model.embed_tokens.weight"
 
 
