@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.engine.bandwidth import given_rates, measure_rates
 from pipeline.engine.driver import Driver
-from pipeline.engine.executors import create_executor
+from pipeline.engine.executors import create_executor, takes_ray
 from pipeline.engine.output import State, commit, prepare, refuse_inputs
 from pipeline.engine.process import cores
 from pipeline.engine.result_tables import save_tables
@@ -43,14 +43,14 @@ class Resources:
     Attributes:
         executor: "auto", "local" or "ray".
         address: Of a Ray cluster, or None.
-        workers: How many workers; None takes one locally, or one a CPU of this machine on Ray.
+        workers: How many workers.
         memory_bytes: What each worker may hold.
         device: "auto", "cpu" or "cuda".
     """
 
     executor: str = "auto"
     address: str | None = None
-    workers: int | None = None
+    workers: int = 1
     memory_bytes: int = DEFAULT_MEMORY_BYTES
     device: str = "auto"
 
@@ -104,8 +104,10 @@ def plan_merge(recipe: Recipe, output: Store, resources: Resources, *, probe: bo
     sources = open_sources(recipe)
     plan = build_plan(recipe, registry()[recipe.merge_method], sources)
     refuse_inputs(plan, output)
-    workers = resources.workers or 1
-    threads = max(1, cores() // workers)
+    workers = resources.workers
+    # An actor has one CPU; a local worker its share of this machine.
+    on_ray = takes_ray(resources.executor, address=resources.address)
+    threads = 1 if on_ray else max(1, cores() // workers)
     memory = project_memory(plan, budget_bytes=resources.memory_bytes, threads=threads)
     seconds = time.perf_counter() - started
     rates = None

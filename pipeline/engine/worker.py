@@ -218,9 +218,8 @@ class ShardWorker:
             merged = solution is not None
             inputs = written_inputs(plan) if merged else (plan.donor, *range(len(plan.inputs)))
             with self._source.lease(chunk, inputs, drop=True) as loaded:
-                row = rows.get((chunk.tensor, chunk.start))
-                if row is not None:
-                    self._source.check_sums(loaded, row.checksums)
+                if plan.settings.measured:
+                    self._source.check_sums(loaded, rows[chunk.tensor, chunk.start].checksums)
                 else:
                     self._source.check_alias(loaded)
                 if not merged:

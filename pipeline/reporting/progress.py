@@ -46,6 +46,7 @@ class TerminalProgress:
             console=console,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._iteration: TaskID | None = None
         self._solved = 0
 
     def __enter__(self) -> TerminalProgress:
@@ -59,7 +60,7 @@ class TerminalProgress:
         """Show an event."""
         match event:
             case PassStarted():
-                self._tasks[event.name] = self._progress.add_task(event.name, total=max(1, event.total_bytes))
+                self._start(event)
             case PassProgress():
                 self._progress.update(self._tasks[event.name], completed=event.done_bytes)
             case PassEnded():
@@ -73,6 +74,17 @@ class TerminalProgress:
                 self._progress.console.print(_text(event), highlight=False)
             case _:
                 pass
+
+    def _start(self, event: PassStarted) -> None:
+        """Show a new bar, or for a further iteration the last one's again."""
+        total = max(1, event.total_bytes)
+        if self._iteration is not None and event.name.startswith("iteration"):
+            self._progress.reset(self._iteration, total=total, description=event.name)
+            self._tasks[event.name] = self._iteration
+            return
+        task = self._tasks[event.name] = self._progress.add_task(event.name, total=total)
+        if event.name.startswith("iteration"):
+            self._iteration = task
 
 
 class LogLines:

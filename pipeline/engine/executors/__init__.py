@@ -10,6 +10,13 @@ import os
 from pipeline.engine.executors.base import Executor
 
 
+def takes_ray(name: str, *, address: str | None) -> bool:
+    """Return whether `create_executor` would give the Ray executor; imports nothing."""
+    # Ray sets these for the entrypoint of a submitted job.
+    inside_job = "RAY_ADDRESS" in os.environ or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return name == "ray" or (name == "auto" and (address is not None or inside_job))
+
+
 def create_executor(name: str, *, address: str | None) -> Executor:
     """Return an executor that has not started yet.
 
@@ -17,9 +24,7 @@ def create_executor(name: str, *, address: str | None) -> Executor:
         name: "auto", "local" or "ray". "auto" takes Ray inside a Ray job or when an address is given.
         address: A Ray cluster's address, or None.
     """
-    # Ray sets these for the entrypoint of a submitted job.
-    inside_job = "RAY_ADDRESS" in os.environ or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    if name == "ray" or (name == "auto" and (address is not None or inside_job)):
+    if takes_ray(name, address=address):
         from pipeline.engine.executors.ray import RayExecutor
 
         return RayExecutor(address=address)
