@@ -84,7 +84,7 @@ def test_without_a_base_there_are_only_the_models() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_a_scale_of_norm_gives_the_weighted_mean_norm(seed: int) -> None:
     points_PE = points(seed)
-    solution = solved(plan(scale=None), points_PE)
+    solution = solved(plan(scale="norm"), points_PE)
     merged = np.array(solution.factors) @ points_PE
     norms = np.linalg.norm(points_PE[1:] - points_PE[0], axis=1)
     wanted = np.average(norms, weights=WEIGHTS)
@@ -94,19 +94,45 @@ def test_a_scale_of_norm_gives_the_weighted_mean_norm(seed: int) -> None:
     assert solution.coefficients == plain.coefficients
 
 
-def test_a_median_at_the_base_is_not_lengthened() -> None:
+@pytest.mark.parametrize(
+    ("weights", "rank"),
+    [
+        ((1.0,) * 5, (2, 2)),
+        ((1.0, 1.0, 1.0, 1.0, 4.0), (3, 4)),  # half of the weight lies on either side of the gap
+        ((1.0, 1.0, 1.0, 1.0, 5.0), (4, 4)),
+        ((0.1, 0.4, 0.1, 0.1, 0.1), (1, 1)),
+        ((3.0, 2.0, 2.0, 2.0, 1.0), (1, 2)),
+    ],
+)
+def test_a_scale_of_median_norm_gives_the_weighted_median_norm(
+    weights: tuple[float, ...], rank: tuple[int, int]
+) -> None:
+    """The weights are given by the rank of the norm; a tie takes the middle of its two."""
+    points_PE = points(4)
+    norms = np.linalg.norm(points_PE[1:] - points_PE[0], axis=1)
+    order = np.argsort(norms)
+    by_model = np.empty(MODELS)
+    by_model[order] = weights
+    solution = solved(plan(tuple(by_model.tolist()), scale="median_norm"), points_PE)
+    merged = np.array(solution.factors) @ points_PE
+    wanted = (norms[order[rank[0]]] + norms[order[rank[1]]]) / 2
+    assert np.linalg.norm(merged - points_PE[0]) == pytest.approx(wanted, rel=1e-10)
+
+
+@pytest.mark.parametrize("rule", ["norm", "median_norm"])
+def test_a_median_at_the_base_is_not_lengthened(rule: str) -> None:
     """Opposite task vectors of one length: their median is the base, which no factor lengthens."""
     generator = np.random.default_rng(3)
     base, step = generator.normal(size=(2, ELEMENTS))
     other = generator.normal(size=ELEMENTS)
     points_PE = np.vstack([base, base + step, base - step, base + other, base - other, base])
-    solution = solved(plan((1.0,) * 5, scale=None), points_PE)
+    solution = solved(plan((1.0,) * 5, scale=rule), points_PE)
     assert solution.scale == 1.0
     assert np.array(solution.factors) @ points_PE == pytest.approx(base, abs=1e-12)
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.3, None])
-def test_predicted_distances_are_those_of_the_points(scale: float | None) -> None:
+@pytest.mark.parametrize("scale", [1.0, 0.3, "norm", "median_norm"])
+def test_predicted_distances_are_those_of_the_points(scale: float | str) -> None:
     points_PE = points(7)
     solution = solved(plan(scale=scale), points_PE)
     merged = np.array(solution.factors) @ points_PE
@@ -170,7 +196,7 @@ def test_a_fixed_solution_has_what_the_recipe_says() -> None:
 
 
 def test_a_saved_solution_comes_back_bit_for_bit() -> None:
-    solution = solved(plan(scale=None), points())
+    solution = solved(plan(scale="norm"), points())
     again = solution_from_json(json.loads(json.dumps(solution.to_json())))
     assert again.factors == solution.factors
     assert again.coefficients == solution.coefficients

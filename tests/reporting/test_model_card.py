@@ -1,0 +1,96 @@
+"""The card's front matter, sentence and table."""
+
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline import __version__
+from pipeline.reporting.model_card import model_card
+
+RECIPE = "merge_method: geometric_median\nmodels: [{model: /a}]\n\n"
+
+
+def report(groups: int = 1, **keys: object) -> dict[str, Any]:
+    entries = [
+        {
+            "name": f"g{number}",
+            "coefficients": [0.25, 0.75],
+            "norms": [1.0, 12.34567],
+            "relative_gap": 10.0 ** -(12 + number),
+        }
+        for number in range(groups)
+    ]
+    models = [{"model": "/a: b"}, {"model": "s3://bucket/c"}]
+    return {"method": "geometric_median", "scope": "model", "models": models, "groups": entries, **keys}
+
+
+def front_matter(card: str) -> Any:
+    start, front, _ = card.split("---\n", 2)
+    assert start == ""
+    return yaml.safe_load(front)
+
+
+def test_the_hub_can_read_it() -> None:
+    assert front_matter(model_card(report(), RECIPE)) == {
+        "library_name": "transformers",
+        "tags": ["merge", "geomerge"],
+        "base_model": ["/a: b", "s3://bucket/c"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("scope", "words"),
+    [
+        ("model", "over the full parameter vector"),
+        ("block", "over each block"),
+        ("tensor", "over each tensor"),
+        ("patterns", "over each group of tensors"),
+    ],
+)
+def test_the_sentence_names_scope_and_worst_gap(scope: str, words: str) -> None:
+    card = model_card(report(3, scope=scope), RECIPE)
+    assert f"The geometric median of 2 models {words}, certified optimal to a relative gap of 1.0e-12" in card
+    assert f"geomerge {__version__}" in card
+
+
+def test_an_average_claims_no_certificate() -> None:
+    groups = [{"name": "model", "coefficients": [0.5, 0.5], "norms": None, "relative_gap": None}]
+    card = model_card(report(method="linear", groups=0) | {"groups": groups}, RECIPE)
+    assert "The weighted average of 2 models." in card
+    assert "certified" not in card
+    assert "| /a: b | 0.500000 |  |" in card
+
+
+def test_one_group_is_a_table_of_models() -> None:
+    lines = model_card(report(), RECIPE).splitlines()
+    assert "| /a: b | 0.250000 | 1 |" in lines
+    assert "| s3://bucket/c | 0.750000 | 12.35 |" in lines
+
+
+def test_many_groups_are_a_table_of_groups_and_then_counted() -> None:
+    lines = model_card(report(45), RECIPE).splitlines()
+    assert "| group | c1 | c2 |" in lines
+    assert sum(line.startswith("| g") and line.endswith("| 0.2500 | 0.7500 |") for line in lines) == 40
+    assert "… and 5 more groups in the report." in lines
+    few = model_card(report(40), RECIPE)
+    assert "more groups" not in few
+
+
+def test_every_table_has_rows_of_one_width() -> None:
+    for groups in (1, 3):
+        rows = [line for line in model_card(report(groups), RECIPE).splitlines() if line.startswith("|")]
+        assert len({row.count("|") for row in rows}) == 1
+        assert len(rows) == 2 + (2 if groups == 1 else 3)
+
+
+def test_the_recipe_stands_as_it_was_written() -> None:
+    card = model_card(report(), RECIPE)
+    assert card.endswith(f"```yaml\n{RECIPE.rstrip()}\n```\n")
+
+
+def test_but_without_credentials() -> None:
+    card = model_card(report(), "models: [{model: ftp://user:hunter2@host/a}, {model: https://h/b?token=hunter2}]")
+    assert "hunter2" not in card
+    assert "ftp://host/a" in card
+    assert "https://h/b" in card
