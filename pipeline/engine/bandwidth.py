@@ -27,14 +27,16 @@ _TRIAL_S = 0.8
 _TRIAL_CHUNKS = 64
 
 
-def measure_rates(plan: Plan, memory: Memory, *, workers: int) -> Rates:
-    """Return the rates of both passes on this machine, all workers together.
+def measure_rates(plan: Plan, memory: Memory, *, workers: int) -> Rates | None:
+    """Return the rates of both passes on this machine, all workers together; None when all tensors are empty.
 
     The trial runs as many threads as this machine has cores, or as the merge would use if that is fewer.
     """
     threads = min(cores(), memory.threads * workers)
-    source = ChunkSource(plan, Memory(terms={}, threads=threads, window=threads, retained_bytes=0))
     merged = [index for index, tensor in enumerate(plan.tensors) if tensor.group >= 0 and tensor.elements]
+    if not merged:
+        return None
+    source = ChunkSource(plan, Memory(terms={}, threads=threads, window=threads, retained_bytes=0))
     largest = sorted(merged, key=lambda index: -plan.tensors[index].elements)[:_TRIAL_CHUNKS]
     chunks = [Chunk(tensor=t, start=0, stop=min(plan.chunk_elements, plan.tensors[t].elements)) for t in largest]
     share = 1.0 / len(plan.models)

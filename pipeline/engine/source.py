@@ -121,8 +121,8 @@ class ChunkSource:
             with self._lock:
                 self._room_bytes += freed_bytes
 
-    def check_alias(self, loaded: Loaded) -> None:
-        """Raise when a tied second copy of this chunk does not hold the same bytes.
+    def check_copies(self, loaded: Loaded) -> None:
+        """Raise when a tied copy of this chunk does not hold the same bytes.
 
         Raises:
             CheckpointError: Names the model and the tensor.
@@ -130,23 +130,23 @@ class ChunkSource:
         chunk = loaded.chunk
         tensor = self._plan.tensors[chunk.tensor]
         for index, source in enumerate(tensor.sources):
-            if source.alias_file < 0 or index not in loaded.raw:
+            if not source.copies or index not in loaded.raw:
                 continue
             width = DTYPES[source.dtype].bits // 8
-            copy = np.empty(chunk.elements * width, dtype=np.uint8)
             item = self._plan.inputs[index]
-            path = item.files[source.alias_file].path
-            self._stores[index].read_into(path, source.alias_start + chunk.start * width, copy.data)
-            with self._lock:
-                self.read_bytes += copy.nbytes
-            if not np.array_equal(copy, loaded.raw[index]):
-                raise CheckpointError(
-                    Problem(
-                        what="the stored output embedding differs from the input embedding that it is tied to",
-                        where=f"model {item.name}, tensor {tensor.name}",
-                        remedy="set tie_word_embeddings to false in every config.json if the head is its own tensor",
+            again = np.empty(chunk.elements * width, dtype=np.uint8)
+            for file, start in source.copies:
+                self._stores[index].read_into(item.files[file].path, start + chunk.start * width, again.data)
+                with self._lock:
+                    self.read_bytes += again.nbytes
+                if not np.array_equal(again, loaded.raw[index]):
+                    raise CheckpointError(
+                        Problem(
+                            what="is stored twice, as input and output embedding that are tied, with different values",
+                            where=f"model {item.name}, tensor {tensor.name}",
+                            remedy="set tie_word_embeddings to false in every config.json if the head is another",
+                        )
                     )
-                )
 
     def check_agreement(self, loaded: Loaded) -> None:
         """Raise when the inputs' bytes of a chunk are not all the same, as integers and booleans must be.

@@ -194,7 +194,7 @@ class ShardWorker:
             copied = self._plan.tensors[chunk.tensor].group < 0
             inputs = range(len(self._plan.inputs)) if copied else self._plan.points
             with self._source.lease(chunk, inputs, keep=True) as loaded:
-                self._source.check_alias(loaded)
+                self._source.check_copies(loaded)
                 if copied:
                     self._source.check_agreement(loaded)
                 row = measure_chunk(self._plan, loaded, self._device)
@@ -221,7 +221,7 @@ class ShardWorker:
                 if plan.settings.measured:
                     self._source.check_sums(loaded, rows[chunk.tensor, chunk.start].checksums)
                 else:
-                    self._source.check_alias(loaded)
+                    self._source.check_copies(loaded)
                 if not merged:
                     self._source.check_agreement(loaded)
                 self._advance(loaded)

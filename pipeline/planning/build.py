@@ -182,10 +182,9 @@ def _places(aligned: Aligned, positions: Sequence[Mapping[str, int]]) -> tuple[S
             file=position[entry.file],
             start=entry.start,
             dtype=entry.dtype,
-            alias_file=position[alias.file] if alias else -1,
-            alias_start=alias.start if alias else -1,
+            copies=tuple((position[copy.file], copy.start) for copy in copies),
         )
-        for entry, alias, position in zip(aligned.entries, aligned.aliases, positions, strict=True)
+        for entry, copies, position in zip(aligned.entries, aligned.copies, positions, strict=True)
     )
 
 

@@ -56,7 +56,7 @@ def input_bytes(tensor: TensorPlan, inputs: tuple[int, ...]) -> int:
 
 def alias_bytes(tensor: TensorPlan) -> int:
     """Return the bytes of the tied copies of a tensor, read once to check them."""
-    return sum(tensor.elements * DTYPES[s.dtype].bits // 8 for s in tensor.sources if s.alias_file >= 0)
+    return sum(tensor.elements * DTYPES[s.dtype].bits // 8 * len(s.copies) for s in tensor.sources)
 
 
 def written_inputs(plan: Plan) -> tuple[int, ...]:

@@ -28,13 +28,13 @@ class Aligned:
     Attributes:
         name: Its name, the same everywhere.
         entries: I header entries.
-        aliases: I entries of a second, tied copy that must hold the same bytes, None where there is none.
+        copies: I lists of entries of further, tied copies that must hold the same bytes.
         merged: False for integer and boolean tensors, which are copied.
     """
 
     name: str
     entries: tuple[TensorEntry, ...]
-    aliases: tuple[TensorEntry | None, ...]
+    copies: tuple[tuple[TensorEntry, ...], ...]
     merged: bool
 
     @property
@@ -75,30 +75,36 @@ def align(checkpoints: Sequence[Checkpoint]) -> Family:
         problems += _unreadable(checkpoint)
     for checkpoint in checkpoints[1:]:
         problems += _name_problems(reference, checkpoint, aliases)
-        problems += _shape_problems(reference, checkpoint)
+        problems += _shape_problems(reference, checkpoint, aliases)
     config_problems, notes = compare_configs(checkpoints)
     problems += config_problems
     if problems:
         raise CheckpointError(*problems)
-    tied = {source: alias for alias, source in aliases.items()}
-    names = dict.fromkeys(aliases.get(name, name) for name in reference.tensors)
-    tensors = tuple(_aligned(name, tied.get(name), checkpoints) for name in names)
+    stored = [_by_name(checkpoint, aliases) for checkpoint in checkpoints]
+    tensors = tuple(_aligned(name, [entries[name] for entries in stored]) for name in stored[0])
     notes = [*notes, *(f"{alias} is tied to {source} and written once" for alias, source in sorted(aliases.items()))]
     return Family(tensors=tensors, notes=tuple(notes))
 
 
-def _aligned(name: str, alias: str | None, checkpoints: Sequence[Checkpoint]) -> Aligned:
-    copies = [checkpoint.tensors.get(alias) if alias else None for checkpoint in checkpoints]
-    # A tied pair may be stored under its second name only.
-    entries = [checkpoint.tensors.get(name) or copy for checkpoint, copy in zip(checkpoints, copies, strict=True)]
-    found = tuple(entry for entry in entries if entry is not None)
+def _by_name(checkpoint: Checkpoint, aliases: Mapping[str, str]) -> dict[str, list[TensorEntry]]:
+    """Return the entries of every tensor under its source's name; of a tied pair either or both may be stored.
+
+    The source's own entry comes first where it is stored.
+    """
+    entries: dict[str, list[TensorEntry]] = {}
+    for name, entry in checkpoint.tensors.items():
+        members = entries.setdefault(aliases.get(name, name), [])
+        members.insert(len(members) if name in aliases else 0, entry)
+    return entries
+
+
+def _aligned(name: str, stored: Sequence[Sequence[TensorEntry]]) -> Aligned:
+    entries = tuple(members[0] for members in stored)
     return Aligned(
         name=name,
-        entries=found,
-        aliases=tuple(
-            copy if name in checkpoint.tensors else None for checkpoint, copy in zip(checkpoints, copies, strict=True)
-        ),
-        merged=is_mergeable(found[0].dtype),
+        entries=entries,
+        copies=tuple(tuple(members[1:]) for members in stored),
+        merged=is_mergeable(entries[0].dtype),
     )
 
 
@@ -145,25 +151,27 @@ def _name_problems(reference: Checkpoint, model: Checkpoint, aliases: Mapping[st
 
 def _tie_problems(model: Checkpoint, aliases: Mapping[str, str]) -> list[Problem]:
     """Return tied copies that cannot be the same tensor: another shape or dtype."""
-    pairs = [(alias, source) for alias, source in aliases.items() if {alias, source} <= model.tensors.keys()]
     return [
         Problem(
-            what=f"{copy.dtype} {list(copy.shape)}, but tied to {source}, which is {entry.dtype} {list(entry.shape)}",
-            where=f"model {model.url}, tensor {alias}",
+            what=f"{copy.dtype} {list(copy.shape)}, but tied to {first.name}, which is"
+            f" {first.dtype} {list(first.shape)}",
+            where=f"model {model.url}, tensor {copy.name}",
             remedy="store it in one type, or once; or set tie_word_embeddings to false in every config.json",
         )
-        for alias, source in pairs
-        if ((copy := model.tensors[alias]).shape, copy.dtype) != ((entry := model.tensors[source]).shape, entry.dtype)
+        for first, *copies in _by_name(model, aliases).values()
+        for copy in copies
+        if (copy.shape, copy.dtype) != (first.shape, first.dtype)
     ]
 
 
-def _shape_problems(reference: Checkpoint, model: Checkpoint) -> list[Problem]:
+def _shape_problems(reference: Checkpoint, model: Checkpoint, aliases: Mapping[str, str]) -> list[Problem]:
     """Return shapes and kinds of elements that differ from the reference's."""
     problems = []
-    for name, wanted in reference.tensors.items():
-        entry = model.tensors.get(name)
-        if entry is None:
+    found = _by_name(model, aliases)
+    for name, (wanted, *_) in _by_name(reference, aliases).items():
+        if name not in found:
             continue
+        entry = found[name][0]
         where = f"model {model.url}, tensor {name}"
         if entry.shape != wanted.shape:
             vocabulary = len(entry.shape) == 2 and entry.shape[1:] == wanted.shape[1:] and _is_vocabulary(name)

@@ -53,7 +53,7 @@ def slot_bytes(plan: Plan) -> int:
         for index, source in enumerate(tensor.sources):
             width = DTYPES[source.dtype].bits // 8
             widest[index] = max(widest[index], width)
-            if source.alias_file >= 0:
+            if source.copies:
                 aliased[index] = max(aliased[index], width)
     output = max((DTYPES[tensor.dtype].bits // 8 for tensor in plan.tensors), default=0)
     # The kernels also make a cast copy of each point when the recipe casts; 8 bytes an element bounds it.

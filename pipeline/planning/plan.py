@@ -39,13 +39,16 @@ class Input:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where a tensor lies in one input: file index, absolute byte offset, header dtype; and its tied copy's place."""
+    """Where a tensor lies in one input: file index, absolute byte offset, header dtype.
+
+    Attributes:
+        copies: File index and offset of every tied copy, which must hold the same bytes.
+    """
 
     file: int
     start: int
     dtype: str
-    alias_file: int = -1
-    alias_start: int = -1
+    copies: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

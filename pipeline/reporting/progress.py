@@ -28,7 +28,7 @@ from pipeline.units import format_bytes, format_seconds
 _LOG = logging.getLogger(__name__)
 # Seconds between two progress lines in a log: a job of hours stays readable.
 _LINE_S = 10.0
-# Solved groups named one by one; of more, only the number is said.
+# Solved groups named one by one; further ones are in the report.
 _NAMED_GROUPS = 8
 
 

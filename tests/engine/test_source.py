@@ -266,15 +266,15 @@ def test_a_tied_copy_is_compared_and_counted(tmp_path: Path) -> None:
     source = source_of(plan)
     with source.lease(chunk(plan, "model.embed_tokens.weight", 5, 20), (0, 1, 2)) as loaded:
         before = source.read_bytes
-        source.check_alias(loaded)
+        source.check_copies(loaded)
         assert source.read_bytes - before == 2 * 15 * 4
     with source.lease(chunk(plan, "w", 0, 3), (0, 1, 2)) as loaded:
         before = source.read_bytes
-        source.check_alias(loaded)
+        source.check_copies(loaded)
         assert source.read_bytes == before
     with source.lease(chunk(plan, "model.embed_tokens.weight", 5, 20), (0,)) as loaded:
         before = source.read_bytes
-        source.check_alias(loaded)
+        source.check_copies(loaded)
         assert source.read_bytes == before
 
 
@@ -284,10 +284,10 @@ def test_a_tied_copy_with_other_bytes_is_refused(tmp_path: Path) -> None:
     plan = tied(tmp_path, [None, None, other])
     source = source_of(plan)
     with source.lease(chunk(plan, "model.embed_tokens.weight", 0, 31), (0, 1, 2)) as loaded:
-        source.check_alias(loaded)
+        source.check_copies(loaded)
     last = chunk(plan, "model.embed_tokens.weight", 31, 32)
     with source.lease(last, (0, 1, 2)) as loaded, pytest.raises(CheckpointError) as caught:
-        source.check_alias(loaded)
+        source.check_copies(loaded)
     assert caught.value.problems[0].where == f"model {tmp_path / 'm2'}, tensor model.embed_tokens.weight"
 
 

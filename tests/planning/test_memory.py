@@ -112,7 +112,7 @@ def test_a_chunk_in_flight_is_every_input_and_the_output() -> None:
         group=0,
         sources=(
             Source(file=0, start=0, dtype="BF16"),
-            Source(file=0, start=0, dtype="F32", alias_file=0, alias_start=9),
+            Source(file=0, start=0, dtype="F32", copies=((0, 9),)),
             Source(file=0, start=0, dtype="F64"),
         ),
     )

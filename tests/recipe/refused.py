@@ -100,7 +100,11 @@ REFUSED = {
         3,
     ),
     "distances word": (_MEDIAN + "pipeline: {distances: grams}", "(did you mean `gram`?)", 3),
-    "scale word": (_BASE + "pipeline: {scale: norms}", '`pipeline.scale` must be a number or "norm" or "median_norm", not "norms"', 4),
+    "scale word": (
+        _BASE + "pipeline: {scale: norms}",
+        '`pipeline.scale` must be a number or "norm" or "median_norm", not "norms"',
+        4,
+    ),
     "scale switch": (_BASE + "pipeline: {scale: true}", 'must be a number or "norm" or "median_norm", not true', 4),
     "scale without base": (_MEDIAN + "pipeline: {scale: 2}", "a `pipeline.scale` other than 1 needs a base model", 3),
     "norm without base": (_MEDIAN + "pipeline: {scale: norm}", "a `pipeline.scale` other than 1 needs a base model", 3),
