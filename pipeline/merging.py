@@ -108,7 +108,9 @@ def plan_merge(recipe: Recipe, output: Store, resources: Resources, *, probe: bo
     # An actor has one CPU; a local worker its share of this machine.
     on_ray = takes_ray(resources.executor, address=resources.address)
     threads = 1 if on_ray else max(1, cores() // workers)
-    memory = project_memory(plan, budget_bytes=resources.memory_bytes, threads=threads)
+    memory = project_memory(
+        plan, budget_bytes=resources.memory_bytes, threads=threads, remote_output=not output.is_local
+    )
     seconds = time.perf_counter() - started
     rates = None
     if recipe.pipeline.bandwidth_bytes is not None:

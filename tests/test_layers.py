@@ -44,6 +44,7 @@ THIRD_PARTY = {
     "torch": ("numerics/", "engine/"),
     "numpy": ("numerics/", "methods/", "engine/", "reporting/observations.py"),
     "xxhash": ("engine/source.py",),
+    "numba": ("numerics/compiled.py",),
     "ray": ("engine/executors/ray.py",),
     "rich": ("reporting/", "cli.py"),
     "click": ("cli.py",),

@@ -35,6 +35,20 @@ _TOKENIZER_FILES = frozenset(
     }
 )
 
+# What a model folder has at its top beside weights, whoever wrote it.
+MODEL_FILES = _TOKENIZER_FILES | {
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+}
+
 
 def side_files(store: Store) -> tuple[str, ...]:
     """Return the paths of the files that a copy of the model needs beside its weights, sorted.

@@ -87,6 +87,11 @@ def _pairs(tensors: Mapping[str, TensorEntry]) -> Iterator[tuple[str, str]]:
             yield name, equal[0].name
 
 
+def is_output_embedding(name: str) -> bool:
+    """Return whether a tensor's name is that of a language model's head."""
+    return _ends(name, _OUTPUTS)
+
+
 def _ends(name: str, endings: Sequence[str]) -> bool:
     """Return whether a name ends with one of these, whole parts."""
     return any(name == ending or name.endswith("." + ending) for ending in endings)

@@ -16,10 +16,11 @@ from pipeline.engine.chunk_math import measure_chunk, write_chunk
 from pipeline.engine.process import cores, single_threaded_products
 from pipeline.engine.solutions import Solution
 from pipeline.engine.source import ChunkSource
-from pipeline.planning.cost import Rates, input_bytes, written_inputs
+from pipeline.planning.cost import Rates
 from pipeline.planning.grid import Chunk
 from pipeline.planning.memory import Memory
 from pipeline.planning.plan import Plan
+from pipeline.planning.traffic import input_bytes, written_inputs
 
 # Seconds each of the two passes is tried for: longer than the first chunk's warm-up, short enough to wait for.
 _TRIAL_S = 0.8

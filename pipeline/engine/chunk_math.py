@@ -14,8 +14,8 @@ from pipeline.engine.source import Loaded
 from pipeline.errors import CheckpointError, Problem, VerificationError
 from pipeline.numerics.dtypes import config_name, torch_dtype
 from pipeline.numerics.kernels import combine, non_finite_counts, pairwise_distances, probe, replace_non_finite
-from pipeline.planning.cost import written_inputs
 from pipeline.planning.plan import Plan
+from pipeline.planning.traffic import written_inputs
 
 
 def measure_chunk(plan: Plan, loaded: Loaded, device: torch.device) -> tuple[ChunkRow, dict[int, int]]:
@@ -52,16 +52,21 @@ def measure_chunk(plan: Plan, loaded: Loaded, device: torch.device) -> tuple[Chu
 
 def probe_chunk(plan: Plan, loaded: Loaded, coefficients_QN: np.ndarray, device: torch.device) -> np.ndarray:
     """Return Q·N squared distances and Q·Q products of one chunk, in one row."""
-    result = probe(_points(plan, loaded, plan.models, device), coefficients_QN)
+    # The base is there only where it replaces what is not finite.
+    indices = plan.points if plan.settings.non_finite == "base" else plan.models
+    points = _points(plan, loaded, indices, device)
+    result = probe(points[len(points) - len(plan.models) :], coefficients_QN)
     return np.concatenate([result.squared_distances_QP.ravel(), result.products_QQ.ravel()])
 
 
 def write_chunk(
     plan: Plan, loaded: Loaded, solution: Solution | None, device: torch.device
 ) -> tuple[memoryview, tuple[float, ...]]:
-    """Return a merged chunk's bytes, and the P squared distances of it from the points followed by its rounding.
+    """Return a merged chunk's bytes and a row of sums over it.
 
-    Rows of points that the writing pass does not read are 0. A chunk without a solution is copied from the donor.
+    The row holds P squared distances from the points, the squared rounding, and how many values of each of the P points
+    were replaced by the base's; entries of points that the writing pass does not read are 0. A chunk without a solution
+    is copied from the donor and has no row.
 
     Raises:
         VerificationError: A merged value overflows the output dtype.
@@ -75,7 +80,9 @@ def write_chunk(
     skipped = len(plan.points) - len(inputs)
     points = _points(plan, loaded, inputs, device)
     result = combine(points, solution.factors[skipped:], torch_dtype(tensor.dtype))
-    sums = (0.0,) * skipped + (*result.squared_distances_P.tolist(), result.squared_rounding)
+    padding = (0.0,) * skipped
+    replaced = _replaced(plan, loaded, inputs, points) if plan.settings.non_finite == "base" else (0.0,) * len(inputs)
+    sums = (*padding, *result.squared_distances_P.tolist(), result.squared_rounding, *padding, *replaced)
     if not np.isfinite(result.squared_rounding):
         counts = non_finite_counts(points)
         if any(counts):
@@ -97,6 +104,19 @@ def _points(plan: Plan, loaded: Loaded, indices: tuple[int, ...], device: torch.
         base_E = by_input[plan.base]
         by_input = {i: v if i == plan.base else replace_non_finite(v, base_E) for i, v in by_input.items()}
     return [by_input[index] for index in indices]
+
+
+def _replaced(plan: Plan, loaded: Loaded, indices: tuple[int, ...], points: list[torch.Tensor]) -> tuple[float, ...]:
+    """Return, by point, how many of its values were replaced; only a point that was touched is counted again."""
+    sources = plan.tensors[loaded.chunk.tensor].sources
+    counts = []
+    for index, point in zip(indices, points, strict=True):
+        dtype = torch_dtype(plan.settings.cast or sources[index].dtype)
+        # `replace_non_finite` widens what it changes; a float64 model may have been changed all the same.
+        touched = point.dtype != dtype or dtype == torch.float64
+        raw_E = torch.from_numpy(loaded.raw[index]).view(torch_dtype(sources[index].dtype)).to(dtype)
+        counts.append(float(non_finite_counts([raw_E])[0]) if touched and index != plan.base else 0.0)
+    return tuple(counts)
 
 
 def as_cast(plan: Plan) -> str:

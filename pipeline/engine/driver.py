@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.engine.executors.base import Executor, Usage
+from pipeline.engine.output import is_written
 from pipeline.engine.run_folder import (
     MEASURED,
     SOLUTIONS,
@@ -32,6 +33,7 @@ from pipeline.engine.solutions import (
     Solution,
     fixed_solution,
     predicted_distances,
+    refuse_far,
     solution_from_json,
     solve_group,
     with_median,
@@ -43,12 +45,13 @@ from pipeline.events import FileMeasured, FileWritten, GroupSolved, Listener, No
 from pipeline.methods import registry
 from pipeline.numerics.exact_sum import ExactSum, exact_column_sums
 from pipeline.planning.assignment import assign
-from pipeline.planning.cost import input_bytes, written_inputs
 from pipeline.planning.plan import Plan
+from pipeline.planning.traffic import input_bytes, written_inputs
 from pipeline.storage import Store
 
-# Distances follow from the table by subtracting numbers of its largest entry's size: half the digits remain.
-_TABLE_PRECISION = 1e-7
+# Squared distances follow from the table by sums of products of its entries with the factors; this is their error
+# relative to the largest such product.
+_TABLE_PRECISION = 1e-12
 
 
 @dataclass(kw_only=True)
@@ -164,6 +167,8 @@ class Driver:
         tables = self._tables(wanted)
         method: Any = registry()[plan.settings.method]
         if plan.settings.distances == "stream":
+            for group in wanted:
+                refuse_far(plan, group, tables[group])
             solutions = self._stream(wanted, tables)
         else:
             solutions = {group: solve_group(plan, method, group, tables[group]) for group in wanted}
@@ -209,7 +214,7 @@ class Driver:
         written = {}
         for file, layout in enumerate(plan.files):
             record = read_json(self._output, written_path(layout.name)) if layout.name in done else None
-            if record is not None and self._holds(layout.name, record["size_bytes"]):
+            if record is not None and is_written(self._output, layout.name):
                 written[file] = _from_marker(record)
         self._note_resumed("written", len(written))
         missing = [file for file in range(len(plan.files)) if file not in written]
@@ -239,10 +244,6 @@ class Driver:
                 median = solution.median
                 self._listen(GroupSolved(group=group, iterations=median.iterations, relative_gap=median.relative_gap))
 
-    def _holds(self, name: str, size_bytes: int) -> bool:
-        """Return whether a file is there in full."""
-        return self._output.exists(name) and self._output.stat(name).size_bytes == size_bytes
-
     def _check_distances(self) -> None:
         """Raise when what was written does not lie where the solution says, up to its own rounding.
 
@@ -255,7 +256,8 @@ class Driver:
                 continue
             measured_P, rounding = written_distances(self._outcome.written, solution.group, len(plan.points))
             predicted_P = predicted_distances(solution)
-            slack = rounding * (1 + 1e-6) + _TABLE_PRECISION * math.sqrt(float(np.max(solution.distances)))
+            reach = math.fsum(abs(factor) for factor in solution.factors)
+            slack = rounding * (1 + 1e-6) + reach * math.sqrt(_TABLE_PRECISION * float(np.max(solution.distances)))
             rows = range(len(plan.points) - len(written_inputs(plan)), len(plan.points))
             worst = max(rows, key=lambda row: abs(measured_P[row] - predicted_P[row]))
             if abs(measured_P[worst] - predicted_P[worst]) > slack:
@@ -321,5 +323,6 @@ def _from_marker(data: Mapping[str, Any]) -> WrittenFile:
         sha256=data["sha256"],
         squared_distances={int(group): tuple(values) for group, values in data["squared_distances"].items()},
         squared_rounding={int(group): value for group, value in data["squared_rounding"].items()},
+        replaced=tuple(data["replaced"]),
         solutions=tuple(solution_from_json(entry) for entry in data["solutions"]),
     )

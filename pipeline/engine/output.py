@@ -13,12 +13,12 @@ from enum import Enum
 
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.dtypes import DTYPES
-from pipeline.checkpoints.sidecars import output_config, side_files
-from pipeline.engine.run_folder import FOLDER, INDEX, PLAN, REPORT, read_json, write_json
+from pipeline.checkpoints.sidecars import MODEL_FILES, output_config, side_files
+from pipeline.engine.run_folder import FOLDER, INDEX, PLAN, REPORT, SIDE_FILES, read_json, write_json, written_path
 from pipeline.errors import BudgetError, OutputError, Problem, VerificationError
 from pipeline.numerics.dtypes import config_name
 from pipeline.planning.plan import Plan
-from pipeline.storage import Store, open_store
+from pipeline.storage import Store
 from pipeline.units import format_bytes
 
 # Room beside the weights for statistics, tokenizer and reports.
@@ -60,9 +60,9 @@ def prepare(plan: Plan, output: Store, *, overwrite: bool) -> State:
             raise
         existing = None
     if not overwrite and existing is not None and existing.get("fingerprint") == plan.fingerprint:
-        if INDEX in paths and all(file.name in paths for file in plan.files):
+        if INDEX in paths and all(is_written(output, file.name) for file in plan.files):
             return State.COMMITTED
-        # A checkpoint that lost a file since is none: what is missing is written again.
+        # A checkpoint that lost a file or a part of one is none: what is missing is written again.
         output.delete(INDEX)
         _check_room(plan, output)
         return State.PARTIAL
@@ -72,6 +72,12 @@ def prepare(plan: Plan, output: Store, *, overwrite: bool) -> State:
     _clear(output, paths)
     write_json(output, PLAN, plan.to_json())
     return State.FRESH
+
+
+def is_written(output: Store, name: str) -> bool:
+    """Return whether an output file is there with the size that its marker states."""
+    marker = read_json(output, written_path(name))
+    return marker is not None and output.exists(name) and output.stat(name).size_bytes == marker.get("size_bytes")
 
 
 def refuse_inputs(plan: Plan, output: Store) -> None:
@@ -108,7 +114,11 @@ def commit(plan: Plan, output: Store, donor: Checkpoint, documents: Mapping[str,
         donor: The checkpoint whose configuration and tokenizer are taken.
         documents: Report, model card and tables by path.
     """
-    for path in side_files(donor.store):
+    output.sweep()
+    side = side_files(donor.store)
+    # Recorded first, so that --overwrite can remove them whenever this run ends.
+    write_json(output, SIDE_FILES, {"paths": [*side, *documents]})
+    for path in side:
         if path != "config.json":
             output.write(path, donor.store.read(path))
     donor.store.close()
@@ -156,8 +166,10 @@ def _occupied(plan: Plan, output: Store, existing: Mapping[str, object] | None) 
 
 def _check_room(plan: Plan, output: Store) -> None:
     free = output.free_bytes()
-    present = {path: output.stat(path).size_bytes for path in output.list() if path.endswith(".safetensors")}
-    needed = sum(file.size_bytes for file in plan.files) + _EXTRA_BYTES - sum(present.values())
+    # Weights that lie there now are replaced or removed before the new ones are written.
+    present = [path for path in output.list() if "/" not in path and path.endswith(".safetensors")]
+    freed_bytes = sum(output.stat(path).size_bytes for path in present)
+    needed = sum(file.size_bytes for file in plan.files) + _EXTRA_BYTES - freed_bytes
     if free is not None and needed > free:
         raise BudgetError(
             Problem(
@@ -169,15 +181,15 @@ def _check_room(plan: Plan, output: Store) -> None:
 
 
 def _clear(output: Store, paths: tuple[str, ...]) -> None:
-    """Remove an earlier checkpoint and run, the commit first; other folders below are left alone."""
+    """Remove an earlier checkpoint and run, the commit first; what else lies there is left alone."""
+    try:
+        recorded = (read_json(output, SIDE_FILES) or {}).get("paths", [])
+    except VerificationError:
+        recorded = []
     for path in (INDEX, PLAN):
         output.delete(path)
     for path in paths:
-        weights = "/" not in path and path.endswith(_WEIGHTS)
-        if path.startswith(f"{FOLDER}/") or weights or path == REPORT:
+        top = "/" not in path
+        belongs = top and (path.endswith(_WEIGHTS) or path in MODEL_FILES or path == REPORT)
+        if path.startswith(f"{FOLDER}/") or belongs or path in recorded:
             output.delete(path)
-
-
-def reopen(plan: Plan, index_of_input: int) -> Store:
-    """Return the store of one of the plan's inputs."""
-    return open_store(plan.inputs[index_of_input].url)

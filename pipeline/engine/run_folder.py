@@ -24,7 +24,7 @@ PLAN = f"{FOLDER}/plan.json"
 SOLUTIONS = f"{FOLDER}/solutions.json"
 MEASURED = f"{FOLDER}/measured"
 WRITTEN = f"{FOLDER}/written"
-COMMITTED = f"{FOLDER}/committed.json"
+SIDE_FILES = f"{FOLDER}/side_files.json"
 DISTANCES = f"{FOLDER}/distances.parquet"
 ITERATIONS = f"{FOLDER}/iterations.parquet"
 # The commit: transformers finds no weights in the folder before this file exists.
@@ -100,7 +100,11 @@ def save_rows(store: Store, file: str, rows: Sequence[ChunkRow], fingerprint: st
 
 
 def load_rows(store: Store, file: str) -> tuple[ChunkRow, ...]:
-    """Return the saved statistics of one output file."""
+    """Return the saved statistics of one output file.
+
+    Raises:
+        VerificationError: The file is damaged.
+    """
     table = read_table(store, measured_path(file))
     columns = (table["tensor"], table["start"], table["distances"], table["unchanged"], table["checksums"])
     return tuple(

@@ -14,9 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.errors import CheckpointError, Problem
 from pipeline.methods.base import GramMethod
-from pipeline.numerics.geometric_median import MedianSolution
+from pipeline.numerics.geometric_median import Iteration, MedianSolution
 from pipeline.planning.plan import Plan
+
+# At this ratio the near models' distances keep eight digits of the far one's pull.
+_FAR = 1e8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +65,43 @@ def solve_group(plan: Plan, method: GramMethod, group: int, distances_PP: np.nda
     Raises:
         ConvergenceError: No certificate within the recipe's tolerance.
     """
+    refuse_far(plan, group, distances_PP)
     models_NN = distances_PP[plan.offset :, plan.offset :]
     median = method.solve(models_NN, plan.weights, tolerance=plan.settings.tolerance)
     return with_median(plan, group, distances_PP, median)
+
+
+def refuse_far(plan: Plan, group: int, distances_PP: np.ndarray) -> None:
+    """Raise when a model lies so far from the others that the distances no longer tell the others apart.
+
+    Squared distances to it share their first sixteen digits, and what distinguishes the near models is lost. The near
+    ones are the smallest ball around a model that holds more than half of the weight; copies of its centre count.
+
+    Raises:
+        CheckpointError: Names the model. It is broken: no fine-tune is a hundred million times the others' spread away.
+    """
+    models_NN = distances_PP[plan.offset :, plan.offset :]
+    weights_N = np.asarray(plan.weights)
+    radii = []
+    for row in models_NN:
+        order = np.argsort(row, kind="stable")
+        reached = int(np.searchsorted(np.cumsum(weights_N[order]), 0.5 * weights_N.sum(), side="right"))
+        radii.append(float(row[order[min(reached, len(row) - 1)]]))
+    centre = int(np.argmin(radii))
+    spread = radii[centre]
+    far = [index for index, value in enumerate(models_NN[centre]) if spread > 0 and value > _FAR**2 * spread]
+    if far:
+        raise CheckpointError(
+            *(
+                Problem(
+                    what=f"lies {math.sqrt(models_NN[centre, index] / spread):.2g} times farther away"
+                    " than most other models from one another: more than distances can resolve",
+                    where=f"model {plan.inputs[plan.models[index]].name}, group {plan.groups[group].name}",
+                    remedy="its values are damaged; leave it out",
+                )
+                for index in far
+            )
+        )
 
 
 def with_median(plan: Plan, group: int, distances_PP: np.ndarray, median: MedianSolution) -> Solution:
@@ -116,10 +154,10 @@ def predicted_distances(solution: Solution) -> np.ndarray:
 
 
 def solution_from_json(data: Mapping[str, Any]) -> Solution:
-    """Return a solution saved by `Solution.to_json`; the iterations are left out."""
+    """Return a solution saved by `Solution.to_json`."""
     median = data["median"]
     if median is not None:
-        fields = {**median, "history": ()}
+        fields = {**median, "history": tuple(Iteration(**entry) for entry in median["history"])}
         for name in ("coefficients", "distances"):
             fields[name] = tuple(fields[name])
         median = MedianSolution(**fields)

@@ -20,6 +20,7 @@ from pipeline.errors import CheckpointError, Problem, VerificationError
 from pipeline.planning.grid import Chunk
 from pipeline.planning.memory import Memory, slot_bytes
 from pipeline.planning.plan import Plan, Source
+from pipeline.planning.traffic import written_inputs
 from pipeline.storage import MissingObject, ObjectStat, Store, open_store
 
 # Tensors handed to the kernels start at multiples of a cache line, whatever their dtype.
@@ -59,15 +60,19 @@ class ChunkSource:
         self.read_bytes = 0
         self.reused_bytes = 0
 
-    def check_versions(self) -> None:
+    def check_versions(self, tensors: Sequence[int]) -> None:
         """Raise when a source file is not the one that was planned for.
+
+        Args:
+            tensors: Only the files that hold these tensors are looked at.
 
         Raises:
             CheckpointError: Names every changed file.
         """
         problems = []
-        for item, store in zip(self._plan.inputs, self._stores, strict=True):
-            for file in item.files:
+        for index, (item, store) in enumerate(zip(self._plan.inputs, self._stores, strict=True)):
+            for number in sorted({self._plan.tensors[tensor].sources[index].file for tensor in tensors}):
+                file = item.files[number]
                 stat = _stat(store, file.path)
                 if stat is None or (stat.size_bytes, stat.version) != (file.size_bytes, file.version):
                     now = "absent now" if stat is None else f"{stat.size_bytes} now"
@@ -102,19 +107,25 @@ class ChunkSource:
         freed_bytes = sum(array.nbytes for array in raw.values()) if drop else 0
         slot = None
         try:
-            kept = bool(missing) and keep and self._reserve(sum(sizes.values()))
-            freed_bytes += sum(sizes.values()) if kept else 0
-            if missing and not kept:
+            # The base is kept only where the second read needs it.
+            keepers = [index for index in missing if keep and index in self._read_again(chunk)]
+            kept_bytes = sum(sizes[index] for index in keepers)
+            kept = bool(keepers) and self._reserve(kept_bytes)
+            freed_bytes += kept_bytes if kept else 0
+            owned = {index: np.empty(sizes[index], np.uint8) for index in keepers if kept}
+            borrowed = {index: size for index, size in sizes.items() if index not in owned}
+            if borrowed:
                 slot = self._slots.get()
-            fresh = _carve(slot, sizes) if slot is not None else {i: np.empty(n, np.uint8) for i, n in sizes.items()}
+            fresh = {**owned, **(_carve(slot, borrowed) if slot is not None else {})}
             for index, array in fresh.items():
                 self._read(chunk, index, array)
             with self._lock:
                 self.reused_bytes += reused
                 if kept:
-                    self._kept[key] = {**raw, **fresh}
-                    freed_bytes -= sum(sizes.values())
-            yield Loaded(chunk=chunk, raw={**raw, **fresh})
+                    self._kept[key] = {**raw, **owned}
+                    freed_bytes -= kept_bytes
+            held = {**raw, **fresh}
+            yield Loaded(chunk=chunk, raw={index: held[index] for index in wanted})
         finally:
             if slot is not None:
                 self._slots.put(slot)
@@ -208,6 +219,11 @@ class ChunkSource:
         self._stores[index].read_into(self._plan.inputs[index].files[source.file].path, start, array.data)
         with self._lock:
             self.read_bytes += array.nbytes
+
+    def _read_again(self, chunk: Chunk) -> tuple[int, ...]:
+        """Return the inputs of which a second read of the chunk is needed."""
+        copied = self._plan.tensors[chunk.tensor].group < 0
+        return tuple(range(len(self._plan.inputs))) if copied else written_inputs(self._plan)
 
     def _reserve(self, size_bytes: int) -> bool:
         """Return whether there is room to keep that much, and take it."""

@@ -24,10 +24,10 @@ from pipeline.engine.source import ChunkSource, Loaded
 from pipeline.errors import CheckpointError, PipelineError, Problem, WorkerError
 from pipeline.methods import registry
 from pipeline.numerics.exact_sum import ExactSum, exact_column_sums
-from pipeline.planning.cost import written_inputs
 from pipeline.planning.grid import Chunk, chunks_of
 from pipeline.planning.memory import Memory
 from pipeline.planning.plan import Plan
+from pipeline.planning.traffic import written_inputs
 from pipeline.storage import open_store
 
 T = TypeVar("T")
@@ -50,6 +50,7 @@ class WrittenFile:
     Attributes:
         squared_distances: By group, P sums over this file of ‖written − point‖².
         squared_rounding: By group, the sum over this file of ‖written − exact‖².
+        replaced: By point, how many values were not finite and taken from the base.
         solutions: The groups that were solved here (a fused file).
     """
 
@@ -59,6 +60,7 @@ class WrittenFile:
     sha256: str
     squared_distances: Mapping[int, tuple[float, ...]]
     squared_rounding: Mapping[int, float]
+    replaced: tuple[int, ...]
     solutions: tuple[Solution, ...]
 
 
@@ -86,8 +88,11 @@ class ShardWorker:
         Raises:
             CheckpointError: A model is not finite, integers disagree, a source changed.
         """
-        self._source.check_versions()
+        tensors = self._plan.files[file].tensors
+        self._source.check_versions(tensors)
         rows = tuple(self._measured(self._plan.chunks(file)))
+        # Again, so that no file was replaced while it was read.
+        self._source.check_versions(tensors)
         save_rows(self._output, self._plan.files[file].name, rows, self._plan.fingerprint)
         return group_sums(self._plan, rows)
 
@@ -102,12 +107,15 @@ class ShardWorker:
             By group, the limbs of Q·N squared distances followed by Q·Q products.
         """
         totals: dict[int, ExactSum] = {}
+        needs_base = self._plan.settings.non_finite == "base"
+        inputs = self._plan.points if needs_base else self._plan.models
         for file in files:
+            self._source.check_versions(self._plan.files[file].tensors)
             chunks = [c for c in self._plan.chunks(file) if self._plan.tensors[c.tensor].group in requests]
 
             def task(chunk: Chunk) -> tuple[int, np.ndarray]:
                 group = self._plan.tensors[chunk.tensor].group
-                with self._source.lease(chunk, self._plan.points, keep=True) as loaded:
+                with self._source.lease(chunk, inputs, keep=True) as loaded:
                     self._advance(loaded)
                     return group, probe_chunk(self._plan, loaded, requests[group], self._device)
 
@@ -125,9 +133,9 @@ class ShardWorker:
         Raises:
             VerificationError: Bytes differ from the first read, or a merged value overflows the output dtype.
         """
-        self._source.check_versions()
         plan = self._plan
         layout = plan.files[file]
+        self._source.check_versions(layout.tensors)
         found = dict(solutions)
         fused = layout.fused and not all(
             plan.tensors[t].group in found for t in layout.tensors if plan.tensors[t].group >= 0
@@ -151,20 +159,23 @@ class ShardWorker:
                     writer.write(data)
                     if group >= 0:
                         partial.setdefault(group, []).append(sums)
+            self._source.check_versions(layout.tensors)
             written = writer.finish()
         except BaseException:
             writer.abort()
             raise
         if fused:
             save_rows(self._output, layout.name, all_rows, plan.fingerprint)
+        points = len(plan.points)
         sums_of = {group: exact_column_sums(np.array(values)) for group, values in partial.items()}
         result = WrittenFile(
             file=file,
             name=layout.name,
             size_bytes=written.size_bytes,
             sha256=written.sha256,
-            squared_distances={group: tuple(sums[:-1].tolist()) for group, sums in sums_of.items()},
-            squared_rounding={group: float(sums[-1]) for group, sums in sums_of.items()},
+            squared_distances={group: tuple(sums[:points].tolist()) for group, sums in sums_of.items()},
+            squared_rounding={group: float(sums[points]) for group, sums in sums_of.items()},
+            replaced=tuple(int(sum(sums[points + 1 + row] for sums in sums_of.values())) for row in range(points)),
             # Not only the groups in `sums_of`: one without elements has a solution too.
             solutions=tuple(found[group] for group in sorted(found) if group not in solutions) if fused else (),
         )
@@ -284,6 +295,7 @@ def marker(result: WrittenFile) -> dict[str, object]:
         "sha256": result.sha256,
         "squared_distances": {str(group): list(values) for group, values in result.squared_distances.items()},
         "squared_rounding": {str(group): value for group, value in result.squared_rounding.items()},
+        "replaced": list(result.replaced),
         "solutions": [solution.to_json() for solution in result.solutions],
     }
 

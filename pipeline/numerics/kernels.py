@@ -3,17 +3,20 @@
 Owns the element loops; knows nothing of files, plans or workers. Legend: P points (base included where there is one),
 E elements of the chunk, K elements of a block, Q combinations. Points are one-dimensional tensors of any float dtype on
 one device. Every kernel takes differences first, in float64, and accumulates in float64 in an order fixed by E alone,
-so that its result does not depend on who computes it.
+so that its result does not depend on who computes it. On the CPU the loops of `compiled` do the work; the same
+arithmetic in torch serves other devices and output types, and is what the compiled loops are tested against.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from pipeline.numerics import compiled
 from pipeline.numerics.dtypes import round_once
 
 # Elements of one block: P x K float64 differences of ten models stay inside a core's second-level cache.
@@ -21,6 +24,10 @@ BLOCK_ELEMENTS = 1 << 14
 # G_ii + G_jj - 2 G_ij is wrong by some 5e-15 of the larger diagonal entry: a squared distance below this share of it
 # would have fewer than twelve digits.
 CANCELLATION = 1e-2
+
+
+# What the compiled loops read and write, and the NumPy dtype that stands for it; bfloat16 is its bits.
+_COMPILED = {torch.bfloat16: np.uint16, torch.float32: np.float32, torch.float64: np.float64}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,12 +108,31 @@ def combine(points: Sequence[torch.Tensor], coefficients_P: Sequence[float], dty
         coefficients_P: One factor a point.
         dtype: Output float type.
     """
-    device = points[0].device
-    factors_P = torch.tensor(list(coefficients_P), dtype=torch.float64, device=device)
-    anchor = int(factors_P.abs().argmax())
-    total = float(factors_P.sum())
+    factors = np.array(coefficients_P, dtype=np.float64)
+    anchor = int(np.abs(factors).argmax())
+    total = math.fsum(factors)
     # A sum that is 1 up to rounding is meant to be 1: the anchor then keeps its own value exactly.
     anchor_factor = 1.0 if abs(total - 1.0) < 1e-9 else total
+    if points[0].device.type == "cpu" and dtype in _COMPILED:
+        return _combine_compiled(points, factors, anchor, anchor_factor, dtype)
+    return _combine_torch(points, factors, anchor, anchor_factor, dtype)
+
+
+def _combine_compiled(
+    points: Sequence[torch.Tensor], factors: np.ndarray, anchor: int, anchor_factor: float, dtype: torch.dtype
+) -> Combined:
+    addresses_P, kind, _alive = _compiled_points(points)
+    values_E = torch.empty(points[0].numel(), dtype=dtype)
+    squared_P = np.zeros(len(points))
+    rounding = compiled.combine(addresses_P, kind, factors, anchor, anchor_factor, _as_array(values_E), squared_P)
+    return Combined(values_E=values_E, squared_distances_P=squared_P, squared_rounding=float(rounding))
+
+
+def _combine_torch(
+    points: Sequence[torch.Tensor], factors: np.ndarray, anchor: int, anchor_factor: float, dtype: torch.dtype
+) -> Combined:
+    device = points[0].device
+    factors_P = torch.from_numpy(factors).to(device)
     values_E = torch.empty_like(points[0], dtype=dtype)
     squared_P = torch.zeros(len(points), dtype=torch.float64, device=device)
     rounding = torch.zeros((), dtype=torch.float64, device=device)
@@ -181,21 +207,58 @@ def _difference_blocks(points: Sequence[torch.Tensor], reference: int) -> Iterat
 
 def _distances_from(points: Sequence[torch.Tensor], reference: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return squared distances by differences from one point, which of them are sound, and elements equal to its."""
-    count = len(points)
-    gram_PP = torch.zeros((count, count), dtype=torch.float64, device=points[0].device)
-    unchanged_P = torch.zeros(count, dtype=torch.int64, device=points[0].device)
-    for _, differences_PK in _difference_blocks(points, reference):
-        gram_PP += differences_PK @ differences_PK.T
-        unchanged_P += (differences_PK == 0).sum(dim=1)
-    gram = gram_PP.cpu().numpy()
-    diagonal_P = np.diagonal(gram)
+    on_cpu = points[0].device.type == "cpu"
+    gram_PP, unchanged_P = (_gram_compiled if on_cpu else _gram_torch)(points, reference)
+    diagonal_P = np.diagonal(gram_PP)
     # Infinite parameters are the caller's finding, not a warning of ours.
     with np.errstate(over="ignore", invalid="ignore"):
-        distances_PP = diagonal_P[:, None] + diagonal_P[None, :] - (gram + gram.T)
+        distances_PP = diagonal_P[:, None] + diagonal_P[None, :] - (gram_PP + gram_PP.T)
     np.fill_diagonal(distances_PP, 0.0)
     # A comparison with NaN is false: what is not finite stays so from any reference.
     sound_PP = ~(distances_PP < CANCELLATION * np.maximum(diagonal_P[:, None], diagonal_P[None, :]))
     np.fill_diagonal(sound_PP, True)
     # From the point itself nothing cancels.
     sound_PP[reference, :] = sound_PP[:, reference] = True
-    return distances_PP, sound_PP, unchanged_P.cpu().numpy()
+    return distances_PP, sound_PP, unchanged_P
+
+
+def _gram_compiled(points: Sequence[torch.Tensor], reference: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the products of the differences from one point, symmetric, and the counts of elements equal to its."""
+    count = len(points)
+    addresses_P, kind, _alive = _compiled_points(points)
+    gram_PP, unchanged_P = np.zeros((count, count)), np.zeros(count, dtype=np.int64)
+    compiled.gram(addresses_P, kind, points[0].numel(), reference, gram_PP, unchanged_P)
+    upper_PP = np.triu(gram_PP)
+    return upper_PP + np.triu(upper_PP, k=1).T, unchanged_P
+
+
+def _gram_torch(points: Sequence[torch.Tensor], reference: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return what `_gram_compiled` does, computed by torch on the points' device."""
+    count = len(points)
+    gram_PP = torch.zeros((count, count), dtype=torch.float64, device=points[0].device)
+    unchanged_P = torch.zeros(count, dtype=torch.int64, device=points[0].device)
+    for _, differences_PK in _difference_blocks(points, reference):
+        gram_PP += differences_PK @ differences_PK.T
+        unchanged_P += (differences_PK == 0).sum(dim=1)
+    return gram_PP.cpu().numpy(), unchanged_P.cpu().numpy()
+
+
+def _compiled_points(points: Sequence[torch.Tensor]) -> tuple[np.ndarray, np.ndarray, list[torch.Tensor]]:
+    """Return the addresses of the points' elements, an empty array of their dtype, and what must stay alive meanwhile.
+
+    Points of several dtypes are widened to one that holds all their values exactly: float32, or float64 if one is.
+    """
+    dtypes = {point.dtype for point in points}
+    dtype = points[0].dtype
+    if len(dtypes) > 1 or dtype not in _COMPILED:
+        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    alive = [point.to(dtype).contiguous() for point in points]
+    addresses_P = np.array([point.data_ptr() for point in alive], dtype=np.int64)
+    return addresses_P, np.empty(0, dtype=_COMPILED[dtype]), alive
+
+
+def _as_array(values_E: torch.Tensor) -> np.ndarray:
+    """Return a tensor's memory as an array; bfloat16, which NumPy lacks, as its bits."""
+    if values_E.dtype == torch.bfloat16:
+        return values_E.view(torch.int16).numpy().view(np.uint16)
+    return values_E.numpy()

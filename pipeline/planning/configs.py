@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from pipeline.checkpoints.checkpoint import Checkpoint
+from pipeline.checkpoints.ties import is_output_embedding
 from pipeline.errors import Problem
 
 # Keys that change the computation: two models that differ here are two functions, and their mean is neither.
@@ -130,3 +131,22 @@ def _short(value: object) -> str:
     """Return a value for a message, cut to a readable length."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def headless_problems(checkpoint: Checkpoint) -> list[Problem]:
+    """Return a problem when a language model stores no output embedding although it is not tied: its head is lost."""
+    architectures = checkpoint.config.get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    generates = any(str(name).endswith(("ForCausalLM", "ForConditionalGeneration")) for name in names)
+    text = checkpoint.config.get("text_config")
+    nested = text.get("tie_word_embeddings") if isinstance(text, Mapping) else None
+    tied = checkpoint.config.get("tie_word_embeddings", nested)
+    if not generates or tied is not False or any(is_output_embedding(name) for name in checkpoint.tensors):
+        return []
+    return [
+        Problem(
+            what="has no output embedding (lm_head), and config.json says that it is not tied to the input embedding",
+            where=f"model {checkpoint.url}",
+            remedy="use a complete checkpoint, or set tie_word_embeddings to true if the head is tied",
+        )
+    ]

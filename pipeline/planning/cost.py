@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.checkpoints.dtypes import DTYPES
 from pipeline.planning.memory import Memory
-from pipeline.planning.plan import Plan, TensorPlan
+from pipeline.planning.plan import Plan
+from pipeline.planning.traffic import alias_bytes, input_bytes, written_inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,22 +49,6 @@ class Cost:
         return self.measure_bytes + self.reread_bytes
 
 
-def input_bytes(tensor: TensorPlan, inputs: tuple[int, ...]) -> int:
-    """Return the bytes that reading one tensor from these inputs takes, tied copies left aside."""
-    return sum(tensor.elements * DTYPES[tensor.sources[index].dtype].bits // 8 for index in set(inputs))
-
-
-def alias_bytes(tensor: TensorPlan) -> int:
-    """Return the bytes of the tied copies of a tensor, read once to check them."""
-    return sum(tensor.elements * DTYPES[s.dtype].bits // 8 * len(s.copies) for s in tensor.sources)
-
-
-def written_inputs(plan: Plan) -> tuple[int, ...]:
-    """Return the inputs that the writing pass combines: the models, and the base unless its coefficient is 0."""
-    needs_base = plan.base is not None and (plan.settings.scale != 1.0 or plan.settings.non_finite == "base")
-    return plan.points if needs_base else plan.models
-
-
 def project_cost(plan: Plan, memory: Memory, *, workers: int, rates: Rates | None) -> Cost:
     """Return the projected traffic and, where rates are known, seconds.
 
@@ -80,10 +64,9 @@ def project_cost(plan: Plan, memory: Memory, *, workers: int, rates: Rates | Non
     aliases = sum(alias_bytes(tensor) for tensor in plan.tensors)
     second = sum(input_bytes(tensor, written_inputs(plan)) for tensor in merged)
     first = sum(input_bytes(tensor, plan.points) for tensor in merged) if plan.settings.measured else 0
-    kept = min(second, memory.retained_bytes * workers) if plan.settings.measured else 0
+    kept = _kept_bytes(plan, memory, workers) if plan.settings.measured else 0
     measure_bytes = first + aliases + copied if plan.settings.measured else 0
-    reread_bytes = second - kept + copied + (0 if plan.settings.measured else aliases)
-    total_input = max(1, max(first, second))
+    reread_bytes = second + copied - kept + (0 if plan.settings.measured else aliases)
     seconds: dict[str, float] = {}
     if rates is not None:
         if plan.settings.measured:
@@ -93,6 +76,26 @@ def project_cost(plan: Plan, memory: Memory, *, workers: int, rates: Rates | Non
         measure_bytes=measure_bytes,
         reread_bytes=reread_bytes,
         written_bytes=sum(file.size_bytes for file in plan.files),
-        passes=round((first + second - kept) / total_input, 3),
+        passes=round((measure_bytes + reread_bytes) / max(1, measure_bytes or reread_bytes), 3),
         seconds=seconds,
     )
+
+
+def _kept_bytes(plan: Plan, memory: Memory, workers: int) -> int:
+    """Return how much of the second read is served from memory.
+
+    Of a fused file each group has a worker's room to itself; all other files of a worker share it.
+    """
+    fused: dict[int, int] = {}
+    shared = 0
+    for file in plan.files:
+        for index in file.tensors:
+            tensor = plan.tensors[index]
+            inputs = written_inputs(plan) if tensor.group >= 0 else tuple(range(len(plan.inputs)))
+            size = input_bytes(tensor, inputs)
+            if file.fused:
+                fused[tensor.group] = fused.get(tensor.group, 0) + size
+            else:
+                shared += size
+    alone = sum(min(size, memory.retained_bytes) for size in fused.values())
+    return alone + min(shared, memory.retained_bytes * workers)

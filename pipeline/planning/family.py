@@ -15,7 +15,7 @@ from pipeline.checkpoints.header import TensorEntry
 from pipeline.checkpoints.ties import tied_aliases
 from pipeline.errors import CheckpointError, Problem
 from pipeline.numerics.dtypes import is_mergeable
-from pipeline.planning.configs import adapter_problems, compare_configs, quantization_problems
+from pipeline.planning.configs import adapter_problems, compare_configs, headless_problems, quantization_problems
 
 # Names listed in one message before "and n more".
 _SHOWN = 4
@@ -71,6 +71,7 @@ def align(checkpoints: Sequence[Checkpoint]) -> Family:
     for checkpoint in checkpoints:
         problems += adapter_problems(checkpoint)
         problems += _tie_problems(checkpoint, aliases)
+        problems += headless_problems(checkpoint)
         problems += quantization_problems(checkpoint)
         problems += _unreadable(checkpoint)
     for checkpoint in checkpoints[1:]:

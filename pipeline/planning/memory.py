@@ -11,11 +11,18 @@ from dataclasses import dataclass
 from pipeline.checkpoints.dtypes import DTYPES
 from pipeline.errors import BudgetError, Problem
 from pipeline.numerics.kernels import work_bytes
-from pipeline.planning.plan import Plan
+from pipeline.planning.plan import Plan, TensorPlan
+from pipeline.planning.traffic import input_bytes
 from pipeline.units import format_bytes
 
-# A Python process that has imported torch, pyarrow and Ray and run one product: 330 to 420 MB measured, rounded up.
-RUNTIME_BYTES = 450_000_000
+# A Python process with torch, pyarrow, numba and Ray that has compiled the loops: 470 to 600 MB measured, rounded up.
+RUNTIME_BYTES = 650_000_000
+# The plan itself: per tensor and input, with its object's overhead and its second form while it is handed to a worker.
+PLAN_BYTES = 1500
+# A kept chunk of one input: array, dictionary entry and the allocator's rounding.
+KEPT_OVERHEAD_BYTES = 500
+# A remote upload holds the part that grows and the one that is sent.
+UPLOAD_BYTES = 64_000_000
 # One row of statistics as Python and Arrow hold it until its file is measured: overhead beside the numbers themselves.
 ROW_OVERHEAD_BYTES = 600
 # Copies of one number of a row alive at once: arrays, lists for the table, Arrow's buffers.
@@ -56,16 +63,24 @@ def slot_bytes(plan: Plan) -> int:
             if source.copies:
                 aliased[index] = max(aliased[index], width)
     output = max((DTYPES[tensor.dtype].bits // 8 for tensor in plan.tensors), default=0)
-    # The kernels also make a cast copy of each point when the recipe casts; 8 bytes an element bounds it.
-    cast = 8 * len(plan.points) if plan.settings.cast or plan.settings.non_finite == "base" else 0
+    # The kernels also make a copy of each point where they are not of one dtype; 8 bytes an element bounds it.
+    copies = plan.settings.cast or plan.settings.non_finite == "base" or any(map(_is_mixed, plan.tensors))
+    cast = 8 * len(plan.points) if copies else 0
     return length * (sum(widest) + sum(aliased) + output + cast)
 
 
-def project_memory(plan: Plan, *, budget_bytes: int, threads: int) -> Memory:
+def _is_mixed(tensor: TensorPlan) -> bool:
+    """Return whether a tensor's points must be widened to one dtype before the kernels take them."""
+    dtypes = {source.dtype for source in tensor.sources}
+    return tensor.group >= 0 and (len(dtypes) > 1 or not dtypes <= {"BF16", "F32", "F64"})
+
+
+def project_memory(plan: Plan, *, budget_bytes: int, threads: int, remote_output: bool = False) -> Memory:
     """Return what a worker will hold at most, using the budget for read-ahead and retention.
 
     Args:
         plan: The plan.
+        remote_output: Whether output files are uploaded in parts.
         budget_bytes: What one worker may take, `--memory`.
         threads: Chunks that a worker may compute at once.
 
@@ -77,7 +92,12 @@ def project_memory(plan: Plan, *, budget_bytes: int, threads: int) -> Memory:
     pairs = len(plan.points) ** 2
     chunks = max((len(plan.chunks(index)) for index in range(len(plan.files))), default=0)
     statistics = chunks * ((pairs + 3 * len(plan.inputs)) * 8 * ROW_COPIES + ROW_OVERHEAD_BYTES)
-    fixed = {"runtime": RUNTIME_BYTES, "statistics": statistics}
+    fixed = {
+        "runtime": RUNTIME_BYTES,
+        "plan": PLAN_BYTES * len(plan.tensors) * len(plan.inputs),
+        "statistics": statistics,
+        **({"upload": UPLOAD_BYTES} if remote_output else {}),
+    }
     smallest = sum(fixed.values()) + slot + work
     if smallest > budget_bytes:
         raise BudgetError(
@@ -94,8 +114,12 @@ def project_memory(plan: Plan, *, budget_bytes: int, threads: int) -> Memory:
     threads = max(1, window - 1)
     used = {**fixed, "chunks in flight": window * slot, "work": window * work}
     retained = max(0, budget_bytes - sum(used.values())) if plan.settings.measured else 0
-    retained = min(retained, sum(file.size_bytes for file in plan.files) * max(1, len(plan.points)) * 2)
-    return Memory(terms={**used, "retained": retained}, threads=threads, window=window, retained_bytes=retained)
+    everything = sum(input_bytes(tensor, tuple(range(len(plan.inputs)))) for tensor in plan.tensors)
+    pieces = sum(len(plan.chunks(index)) for index in range(len(plan.files))) * len(plan.inputs)
+    retained = min(retained, everything + pieces * KEPT_OVERHEAD_BYTES)
+    # Every kept piece costs its bytes and its overhead; the room that is handed out is for the bytes.
+    room = retained * everything // max(1, everything + pieces * KEPT_OVERHEAD_BYTES)
+    return Memory(terms={**used, "retained": retained}, threads=threads, window=window, retained_bytes=room)
 
 
 def _listed(terms: Mapping[str, int]) -> str:

@@ -18,7 +18,12 @@ _STRETCHED = 1.5
 
 def observations(plan: Plan, outcome: Outcome) -> list[str]:
     """Return what is legal but worth saying, in the order of the points and groups; [] when nothing was measured."""
-    return [*_copies(plan, outcome), *_not_unique(plan, outcome), *_long_vectors(plan, outcome)]
+    return [
+        *_replaced(plan, outcome),
+        *_copies(plan, outcome),
+        *_not_unique(plan, outcome),
+        *_long_vectors(plan, outcome),
+    ]
 
 
 def _copies(plan: Plan, outcome: Outcome) -> list[str]:
@@ -36,6 +41,17 @@ def _copies(plan: Plan, outcome: Outcome) -> list[str]:
         elif first is not None:
             notes.append(f"{names[row]} has the same values as {names[first]}: a copy counts like a larger weight")
     return notes
+
+
+def _replaced(plan: Plan, outcome: Outcome) -> list[str]:
+    """Return a sentence for every model of which values were not finite and taken from the base."""
+    names = [plan.inputs[index].name for index in plan.points]
+    counts = [sum(record.replaced[row] for record in outcome.written) for row in range(len(names))]
+    return [
+        f"{name}: {count} values were NaN or infinite and taken from the base"
+        for name, count in zip(names, counts, strict=True)
+        if count
+    ]
 
 
 def _not_unique(plan: Plan, outcome: Outcome) -> list[str]:

@@ -17,7 +17,6 @@ from pipeline.events import (
     Event,
     FileWritten,
     GroupSolved,
-    Listener,
     Note,
     PassEnded,
     PassProgress,
@@ -130,16 +129,6 @@ class LogLines:
             f"{event.name}: {format_bytes(event.done_bytes)} of {format_bytes(total)}, {format_bytes(rate)}/s,"
             f" {format_seconds(max(0.0, left))} left"
         )
-
-
-def fan_out(*listeners: Listener) -> Listener:
-    """Return a listener that tells all of these."""
-
-    def listener(event: Event) -> None:
-        for each in listeners:
-            each(event)
-
-    return listener
 
 
 def _solved_text(event: GroupSolved) -> str:

@@ -16,11 +16,9 @@ from pipeline.merging import Resources, load_recipe, merge, plan_merge
 from pipeline.numerics.exact_sum import ExactSum
 from pipeline.planning.plan import Plan
 from pipeline.storage import open_store
+from tests.support.cases import without_retention
 from tests.support.families import Family, make_family
 from tests.support.reference import digests
-
-# Just above the least that this family needs: nothing is kept in memory, so everything is read twice.
-SMALL_BYTES = 456_000_000
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +55,8 @@ CASES = ["model-gram", "model-stream", "block-gram", "tensor-gram"]
 def test_any_number_of_local_workers(
     recipes: dict[str, Path], undisturbed: dict[str, dict[str, str]], tmp_path: Path, case: str, workers: int
 ) -> None:
-    resources = Resources(workers=workers, memory_bytes=SMALL_BYTES if workers == 3 else 4_000_000_000)
+    small = without_retention(recipes[case], tmp_path / "out").memory_bytes
+    resources = Resources(workers=workers, memory_bytes=small if workers == 3 else 4_000_000_000)
     merge(str(recipes[case]), str(tmp_path / "out"), resources=resources)
     assert digests(tmp_path / "out") == undisturbed[case]
     assert len([name for name in undisturbed[case] if name.endswith(".safetensors")]) >= 4
@@ -125,7 +124,11 @@ def test_threads_and_memory_leave_no_trace(
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        report = merge(str(recipes["model-gram"]), str(tmp_path / "out"), resources=Resources(memory_bytes=SMALL_BYTES))
+        report = merge(
+            str(recipes["model-gram"]),
+            str(tmp_path / "out"),
+            resources=without_retention(recipes["model-gram"], tmp_path / "out"),
+        )
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)

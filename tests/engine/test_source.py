@@ -103,10 +103,11 @@ def test_a_failing_body_gives_the_buffer_back(plan: Plan) -> None:
 
 
 def test_what_is_kept_is_not_read_again(family: Family, plan: Plan) -> None:
-    source = source_of(plan, retained_bytes=4 * 120)
+    source = source_of(plan, retained_bytes=3 * 120)  # the base is not read again, and not kept
     with source.lease(chunk(plan, "b"), plan.points, keep=True) as loaded:
         assert source.read_bytes == 4 * 120
         assert list(loaded.raw) == [0, 1, 2, 3]
+        assert [loaded.raw[index].tobytes() for index in range(4)] == wanted(family, "b", 0, 30)
     with source.lease(chunk(plan, "b"), plan.models, drop=True) as loaded:
         assert [loaded.raw[index].tobytes() for index in (1, 2, 3)] == wanted(family, "b", 0, 30)[1:]
     assert (source.read_bytes, source.reused_bytes) == (4 * 120, 3 * 120)
@@ -117,7 +118,7 @@ def test_what_is_kept_is_not_read_again(family: Family, plan: Plan) -> None:
 
 
 def test_kept_bytes_survive_other_leases(family: Family, plan: Plan) -> None:
-    source = source_of(plan, window=1, retained_bytes=4 * 120)
+    source = source_of(plan, window=1, retained_bytes=3 * 120)
     with source.lease(chunk(plan, "b"), plan.points, keep=True):
         pass
     for start in range(0, 90, 10):
@@ -125,11 +126,49 @@ def test_kept_bytes_survive_other_leases(family: Family, plan: Plan) -> None:
             pass
     with source.lease(chunk(plan, "b"), plan.points) as loaded:
         assert [loaded.raw[index].tobytes() for index in range(4)] == wanted(family, "b", 0, 30)
+    assert source.reused_bytes == 3 * 120
+
+
+@pytest.mark.parametrize(
+    ("keys", "kept"), [({}, 3), ({"scale": 0.5}, 4), ({"scale": "norm"}, 4), ({"non_finite": "base"}, 4)]
+)
+def test_the_base_is_kept_only_where_it_is_read_again(family: Family, keys: dict[str, object], kept: int) -> None:
+    plan = plan_of(family.recipe(pipeline=keys))
+    source = source_of(plan, window=1, retained_bytes=kept * 120)
+    for _ in range(2):
+        with source.lease(chunk(plan, "b"), plan.points, keep=True) as loaded:
+            assert [loaded.raw[index].tobytes() for index in range(4)] == wanted(family, "b", 0, 30)
+    assert (source.read_bytes, source.reused_bytes) == ((8 - kept) * 120, kept * 120)
+    # One byte less is no room for the chunk.
+    source = source_of(plan, window=1, retained_bytes=kept * 120 - 1)
+    for _ in range(2):
+        with source.lease(chunk(plan, "b"), plan.points, keep=True):
+            pass
+    assert (source.read_bytes, source.reused_bytes) == (8 * 120, 0)
+
+
+def test_a_lease_yields_only_what_is_asked_for_of_what_is_kept(family: Family, plan: Plan) -> None:
+    source = source_of(plan, retained_bytes=3 * 120)
+    with source.lease(chunk(plan, "b"), plan.points, keep=True):
+        pass
+    with source.lease(chunk(plan, "b"), (3, 0)) as loaded:
+        assert list(loaded.raw) == [3, 0]
+        assert [loaded.raw[index].tobytes() for index in (0, 3)] == wanted(family, "b", 0, 30)[::3]
+    assert (source.read_bytes, source.reused_bytes) == (5 * 120, 120)
+    # What was not asked for is dropped with the rest, and its room comes back.
+    for drop in (True, False):
+        with source.lease(chunk(plan, "b"), (3,), drop=drop):
+            pass
+    assert (source.read_bytes, source.reused_bytes) == (6 * 120, 2 * 120)
+    for _ in range(2):
+        with source.lease(chunk(plan, "b"), plan.models, keep=True):
+            pass
+    assert (source.read_bytes, source.reused_bytes) == (9 * 120, 5 * 120)
 
 
 def test_no_more_is_kept_than_there_is_room_for(plan: Plan) -> None:
-    """Room for two chunks of ten elements of four inputs; a third is read each time."""
-    source = source_of(plan, retained_bytes=2 * 160 + 159)
+    """Room for two chunks of ten elements of three models; a third is read each time, and the base always."""
+    source = source_of(plan, retained_bytes=2 * 120 + 119)
     starts = range(0, 50, 10)
 
     def read_all(**how: bool) -> int:
@@ -140,12 +179,12 @@ def test_no_more_is_kept_than_there_is_room_for(plan: Plan) -> None:
         return source.read_bytes - before
 
     assert read_all(keep=True) == 5 * 160
-    assert read_all(keep=True) == 3 * 160
-    assert source.reused_bytes == 2 * 160
-    assert read_all(drop=True) == 3 * 160
+    assert read_all(keep=True) == 5 * 160 - 2 * 120
+    assert source.reused_bytes == 2 * 120
+    assert read_all(drop=True) == 5 * 160 - 2 * 120
     # The room is free again, and not larger than before.
     assert read_all(keep=True) == 5 * 160
-    assert read_all(keep=True) == 3 * 160
+    assert read_all(keep=True) == 5 * 160 - 2 * 120
 
 
 def test_nothing_is_kept_without_room_or_without_being_told(plan: Plan) -> None:
@@ -157,7 +196,7 @@ def test_nothing_is_kept_without_room_or_without_being_told(plan: Plan) -> None:
 
 
 def test_inputs_that_join_later_are_kept_beside_the_others(plan: Plan) -> None:
-    source = source_of(plan, retained_bytes=480)
+    source = source_of(plan, retained_bytes=360)
     with source.lease(chunk(plan, "b"), (1, 2), keep=True):
         pass
     with source.lease(chunk(plan, "b"), (0, 1, 2, 3), keep=True) as loaded:
@@ -165,17 +204,18 @@ def test_inputs_that_join_later_are_kept_beside_the_others(plan: Plan) -> None:
     assert source.read_bytes == 480
     with source.lease(chunk(plan, "b"), (0, 1, 2, 3), drop=True):
         pass
-    assert source.read_bytes == 480
-    assert source.reused_bytes == 240 + 480
+    assert source.read_bytes == 480 + 120  # the base, which is never kept
+    assert source.reused_bytes == 240 + 360
     with source.lease(chunk(plan, "a", 0, 30), plan.points, keep=True):
         pass
     with source.lease(chunk(plan, "a", 0, 30), plan.points):
         pass
-    assert source.read_bytes == 2 * 480
+    assert source.read_bytes == 2 * (480 + 120)
+    assert source.reused_bytes == 240 + 2 * 360
 
 
 def test_a_read_that_fails_leaves_no_buffer_and_no_room_behind(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = source_of(plan, window=1, retained_bytes=480)
+    source = source_of(plan, window=1, retained_bytes=360)
 
     def broken(*_: object) -> None:
         raise StorageError
@@ -188,7 +228,7 @@ def test_a_read_that_fails_leaves_no_buffer_and_no_room_behind(plan: Plan, monke
     for _ in range(2):
         with source.lease(chunk(plan, "b"), plan.points, keep=True):
             pass
-    assert (source.read_bytes, source.reused_bytes) == (480, 480)
+    assert (source.read_bytes, source.reused_bytes) == (480 + 120, 360)
 
 
 def test_checksums_are_xxh3_as_a_table_can_hold_them(family: Family, plan: Plan) -> None:
@@ -227,6 +267,15 @@ def integers(tmp_path: Path) -> Family:
         save_model(folder, {"w": torch.ones(4), "ids": torch.arange(8)})
     family.models = [tmp_path / "m0", tmp_path / "m1"]
     return family
+
+
+def test_integers_are_kept_of_every_input(integers: Family) -> None:
+    plan = plan_of(integers.recipe())
+    source = source_of(plan, retained_bytes=3 * 64)
+    for _ in range(2):
+        with source.lease(chunk(plan, "ids", 0, 8), (0, 1, 2), keep=True) as loaded:
+            source.check_agreement(loaded)
+    assert (source.read_bytes, source.reused_bytes) == (3 * 64, 3 * 64)
 
 
 def test_integers_must_agree(integers: Family) -> None:
@@ -293,17 +342,40 @@ def test_a_tied_copy_with_other_bytes_is_refused(tmp_path: Path) -> None:
 
 def test_every_file_that_changed_since_planning_is_named(family: Family, plan: Plan) -> None:
     source = source_of(plan)
-    source.check_versions()
+    everything = range(len(plan.tensors))
+    source.check_versions(everything)
     os.utime(family.base / "model.safetensors", ns=(1, 1))
     grown = family.models[1] / "model.safetensors"
     grown.write_bytes(grown.read_bytes() + b"x")
     (family.models[2] / "model.safetensors").unlink()
     with pytest.raises(CheckpointError) as caught:
-        source.check_versions()
+        source.check_versions(everything)
     places = [problem.where for problem in caught.value.problems]
     assert places == [f"model {path}, file model.safetensors" for path in (family.base, *family.models[1:])]
     assert f"{grown.stat().st_size} now" in caught.value.problems[1].what
     assert "absent now" in caught.value.problems[2].what
+
+
+def test_only_the_files_that_hold_the_tensors_are_looked_at(tmp_path: Path) -> None:
+    family = small_family(tmp_path, shapes={**SHAPES, "c": (7,)}, shards=3)
+    plan = plan_of(family.recipe())
+    source = source_of(plan)
+    a, b, c = (chunk(plan, name).tensor for name in "abc")
+    # Files lie in the order of the names: a in the first, b in the second, c in the third.
+    touched = family.models[1] / "model-00002-of-00003.safetensors"
+    gone = family.base / "model-00003-of-00003.safetensors"
+    os.utime(touched, ns=(1, 1))
+    gone.unlink()
+    source.check_versions([])
+    source.check_versions([a])
+    for tensors, wanted_places in (
+        ([b], [f"model {family.models[1]}, file {touched.name}"]),
+        ([a, c], [f"model {family.base}, file {gone.name}"]),
+        ([c, b, b], [f"model {family.base}, file {gone.name}", f"model {family.models[1]}, file {touched.name}"]),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            source.check_versions(tensors)
+        assert [problem.where for problem in caught.value.problems] == wanted_places
 
 
 def test_concurrent_leases_get_their_own_bytes(family: Family, plan: Plan) -> None:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.numerics import kernels
 from pipeline.numerics.dtypes import round_once
 from pipeline.numerics.kernels import (
     BLOCK_ELEMENTS,
@@ -326,3 +327,28 @@ def test_counting_and_replacing_what_is_not_finite(dtype: torch.dtype) -> None:
 def test_the_working_memory_holds_the_differences_and_their_copy(points: int) -> None:
     assert work_bytes(points) >= 2 * points * BLOCK_ELEMENTS * 8
     assert work_bytes(points + 1) - work_bytes(points) == 2 * BLOCK_ELEMENTS * 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("elements", [1, 511, 512, 513, 40_000])
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_compiled_loops_agree_with_torch(dtype: torch.dtype, elements: int, count: int) -> None:
+    generator = torch.Generator().manual_seed(elements + count)
+    points = [torch.randn(elements, generator=generator, dtype=torch.float64).to(dtype) for _ in range(count)]
+    points[-1][: elements // 2] = points[0][: elements // 2]
+    fast, counts = kernels._gram_compiled(points, count - 1)
+    slow, wanted = kernels._gram_torch(points, count - 1)
+    np.testing.assert_allclose(fast, slow, rtol=1e-13, atol=1e-13 * max(1.0, slow.max()))
+    assert np.array_equal(counts, wanted)
+    factors = np.linspace(0.1, 1.0, count) / np.linspace(0.1, 1.0, count).sum()
+    anchor = count - 1
+    for target in (torch.bfloat16, torch.float32, torch.float64):
+        one = kernels._combine_compiled(points, factors, anchor, 1.0, target)
+        two = kernels._combine_torch(points, factors, anchor, 1.0, target)
+        # The order of additions differs in the last place: visible in float64, elsewhere where it decides a tie.
+        digits = {torch.bfloat16: 2**-7, torch.float32: 2**-22, torch.float64: 1e-14}[target]
+        torch.testing.assert_close(one.values_E, two.values_E, rtol=digits, atol=1e-15)
+        # By the triangle inequality distances differ by no more than the values do.
+        apart = float((one.values_E.double() - two.values_E.double()).norm())
+        found, wanted_P = np.sqrt(one.squared_distances_P), np.sqrt(two.squared_distances_P)
+        assert (np.abs(found - wanted_P) <= apart + 1e-12 * wanted_P).all()

@@ -11,7 +11,7 @@ from tests.support.families import save_model
 
 
 def checkpoint(folder: Path, config: dict[str, object], *tensors: str) -> Checkpoint:
-    weights = {name: torch.zeros(2, 2) for name in tensors or ("w",)}
+    weights = {name: torch.zeros(2, 2) for name in tensors or ("w", "lm_head.weight")}
     return open_checkpoint(str(save_model(folder, weights, config=config)))
 
 

@@ -1,13 +1,18 @@
-"""Projected bytes and seconds, against the bytes of the files."""
+"""Projected bytes and seconds, against the bytes of the files and those that a merge reads."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from pipeline.planning.cost import Rates, alias_bytes, input_bytes, project_cost, written_inputs
+from pipeline.merging import Planned, Resources, load_recipe, merge, plan_merge
+from pipeline.planning.cost import Rates, project_cost
 from pipeline.planning.memory import Memory
 from pipeline.planning.plan import Plan
+from pipeline.planning.traffic import alias_bytes, input_bytes, written_inputs
+from pipeline.storage import open_store
 from tests.planning.plans import SMALL_SHAPES, plan_of, small_family, tensor
+from tests.support.families import make_family
 
 # Elements of a model of the family, all of them float32.
 ELEMENTS = sum(int(rows) * (columns[0] if columns else 1) for rows, *columns in SMALL_SHAPES.values())
@@ -55,15 +60,96 @@ def test_the_base_is_read_again_to_repair_models(tmp_path: Path) -> None:
 
 def test_what_is_kept_in_memory_is_not_read_again(tmp_path: Path) -> None:
     plan = plan_of(small_family(tmp_path).recipe())
+    assert [file.fused for file in plan.files] == [True]
     half = project_cost(plan, memory(MODEL_BYTES), workers=1, rates=None)
     assert half.reread_bytes == 2 * MODEL_BYTES
     assert half.passes == 1.5
+    # One file is one worker's: the other's room is of no use.
     two_workers = project_cost(plan, memory(MODEL_BYTES), workers=2, rates=None)
-    assert two_workers.reread_bytes == MODEL_BYTES
+    assert two_workers.reread_bytes == 2 * MODEL_BYTES
     all_kept = project_cost(plan, memory(10**9), workers=1, rates=None)
     assert all_kept.reread_bytes == 0
     assert all_kept.passes == 1.0
     assert all_kept.measure_bytes == 4 * MODEL_BYTES
+
+
+def test_files_of_one_group_share_the_room_of_their_worker(tmp_path: Path) -> None:
+    plan = plan_of(small_family(tmp_path).recipe(pipeline={"file_size": "300B"}))
+    assert len(plan.files) > 2
+    assert not any(file.fused for file in plan.files)
+    for workers, left in ((1, 2), (2, 1), (3, 0), (9, 0)):
+        cost = project_cost(plan, memory(MODEL_BYTES), workers=workers, rates=None)
+        assert cost.reread_bytes == left * MODEL_BYTES
+        assert cost.measure_bytes == 4 * MODEL_BYTES
+        assert cost.passes == 1 + left / 4
+
+
+@pytest.mark.parametrize("file_size", ["300B", "5GB"])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_group_of_a_fused_file_has_the_room_to_itself(tmp_path: Path, file_size: str, workers: int) -> None:
+    plan = plan_of(small_family(tmp_path).recipe(pipeline={"scope": "tensor", "file_size": file_size}))
+    assert all(file.fused for file in plan.files)
+    room = 200
+    # Three models of four bytes an element; tensors of 64, 24, 16, 24, 16, 4 and 64 elements.
+    left = sum(max(0, 3 * 4 * elements - room) for elements in (64, 24, 16, 24, 16, 4, 64))
+    assert left == 2 * 568 + 2 * 88
+    cost = project_cost(plan, memory(room), workers=workers, rates=None)
+    assert cost.reread_bytes == left
+    assert cost.passes == round((4 * MODEL_BYTES + left) / (4 * MODEL_BYTES), 3)
+
+
+# Layers of one size, so that it does not matter which of them are kept.
+LAYERS, LAYER_ELEMENTS = 6, 32 * 32
+EVEN_SHAPES = {f"model.layers.{layer}.mlp.weight": (32, 32) for layer in range(LAYERS)}
+
+
+def planned_with_room(recipe: Path, output: Path, room_bytes: int) -> tuple[Planned, Resources]:
+    """The plan with the budget of one worker that leaves exactly this room to keep chunks in."""
+    high = 700_000_000
+    read, store = load_recipe(str(recipe))[0], open_store(str(output))
+    roomy = plan_merge(read, store, Resources(memory_bytes=high, executor="local"), probe=False).memory
+    low = roomy.total_bytes - roomy.terms["retained"]
+    while low < high:
+        middle = (low + high) // 2
+        planned = plan_merge(read, store, Resources(memory_bytes=middle, executor="local"), probe=False)
+        low, high = (middle + 1, high) if planned.memory.retained_bytes < room_bytes else (low, middle)
+    resources = Resources(memory_bytes=low, executor="local")
+    planned = plan_merge(read, store, resources, probe=False)
+    assert planned.memory.retained_bytes == room_bytes
+    return planned, resources
+
+
+@pytest.mark.parametrize(
+    ("keys", "kept_chunks", "at_once"),
+    [
+        # One group in files of its own: its chunks share the room.
+        ({"scope": "model", "file_size": "9KB"}, (0, 1, 4, 6), 6),
+        # One group in one file, which is measured and written in one go.
+        ({"scope": "model"}, (0, 1, 4, 6), 6),
+        # Each tensor has the room to itself.
+        ({"scope": "tensor"}, (0, 1), 1),
+        ({"scope": "tensor", "file_size": "9KB"}, (0, 1), 1),
+        # The base is read again, and kept.
+        ({"scope": "model", "file_size": "9KB", "scale": 0.5}, (0, 1, 4, 6), 6),
+        ({"scope": "tensor", "scale": 0.5}, (0, 1), 1),
+    ],
+)
+def test_a_merge_reads_what_was_projected(
+    tmp_path: Path, keys: Mapping[str, object], kept_chunks: tuple[int, ...], at_once: int
+) -> None:
+    family = make_family(tmp_path, 3, shapes=EVEN_SHAPES)
+    recipe = family.recipe(pipeline=keys)
+    again = 4 if "scale" in keys else 3
+    for chunks in kept_chunks:
+        output = tmp_path / f"out{chunks}"
+        planned, resources = planned_with_room(recipe, output, chunks * again * 4 * LAYER_ELEMENTS)
+        reread = LAYERS * (at_once - chunks) // at_once
+        expected = 4 * LAYER_ELEMENTS * (4 * LAYERS + again * reread)
+        assert planned.cost.read_bytes == expected
+        report = merge(str(recipe), str(output), resources=resources)
+        assert report["bytes_read"] == expected
+        assert report["bytes_reused_from_memory"] == 4 * LAYER_ELEMENTS * again * (LAYERS - reread)
+        assert report["passes"] == planned.cost.passes == round(expected / (16 * LAYERS * LAYER_ELEMENTS), 3)
 
 
 def test_an_average_reads_once(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Whether checkpoints are one family: everything that headers show, all at once."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 from pipeline.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from pipeline.errors import CheckpointError
+from pipeline.planning.configs import headless_problems
 from pipeline.planning.family import align
 from tests.support.families import save_model
 
@@ -62,11 +64,56 @@ def test_long_lists_are_counted(tmp_path: Path) -> None:
     assert refusal(a, b) == [f"model {b.url}: lacks 9 tensors (x0, x1, x2, x3, and 5 more) that {a.url} has"]
 
 
+LANGUAGE_MODEL = {"architectures": ["LlamaForCausalLM"]}
+
+
 def test_a_missing_head_of_an_untied_family_is_said(tmp_path: Path) -> None:
     a = opened(tmp_path / "a", {"lm_head.weight": torch.ones(8, 4)})
-    b = opened(tmp_path / "b")
-    (text,) = refusal(a, b)
-    assert "its embeddings are not tied" in text
+    b = opened(tmp_path / "b", config=LANGUAGE_MODEL)
+    own, compared = refusal(a, b)
+    assert own == (
+        f"model {b.url}: has no output embedding (lm_head),"
+        " and config.json says that it is not tied to the input embedding"
+    )
+    assert compared == (
+        f"model {b.url}: lacks tensor lm_head.weight that {a.url} has;"
+        " its embeddings are not tied, so the head cannot be inferred"
+    )
+
+
+def test_a_language_model_without_its_head_is_refused_even_where_no_other_has_one(tmp_path: Path) -> None:
+    models = [opened(tmp_path / name, config=LANGUAGE_MODEL) for name in "ab"]
+    texts = refusal(*models)
+    assert [text.partition(": ")[0] for text in texts] == [f"model {model.url}" for model in models]
+    assert all("has no output embedding (lm_head)" in text for text in texts)
+    (problem,) = headless_problems(models[0])
+    assert "tie_word_embeddings" in problem.remedy
+
+
+@pytest.mark.parametrize(
+    ("config", "refused"),
+    [
+        ({"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}, True),
+        ({"architectures": ["T5ForConditionalGeneration"], "tie_word_embeddings": False}, True),
+        ({"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}, False),
+        ({"architectures": ["LlamaForCausalLM"]}, False),  # the library's default decides, which is not known here
+        ({"architectures": ["LlamaModel"], "tie_word_embeddings": False}, False),
+        ({"architectures": ["LlamaForSequenceClassification"], "tie_word_embeddings": False}, False),
+        ({"architectures": None, "tie_word_embeddings": False}, False),
+        ({"tie_word_embeddings": False}, False),
+        # Of a model of text and images the text's own config counts where the outer one says nothing.
+        ({"architectures": ["XForConditionalGeneration"], "text_config": {"tie_word_embeddings": False}}, True),
+        ({"architectures": ["XForConditionalGeneration"], "text_config": {"tie_word_embeddings": True}}, False),
+    ],
+)
+@pytest.mark.parametrize("head", [None, "lm_head.weight", "language_model.lm_head.weight", "embed_out.weight"])
+def test_a_head_is_missed_where_a_generating_model_declares_one(
+    tmp_path: Path, config: dict[str, object], refused: bool, head: str | None
+) -> None:
+    folder = save_model(tmp_path, {**WEIGHTS, **({head: torch.ones(8, 4)} if head else {})})
+    (folder / "config.json").write_text(json.dumps(config))
+    problems = headless_problems(open_checkpoint(str(folder)))
+    assert [problem.where for problem in problems] == ([f"model {folder}"] if refused and head is None else [])
 
 
 def test_shapes_and_vocabularies(tmp_path: Path) -> None:

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from pipeline.errors import BudgetError
 from pipeline.numerics.kernels import work_bytes
 from pipeline.planning.layout import lay_out
-from pipeline.planning.memory import RUNTIME_BYTES, project_memory, slot_bytes
+from pipeline.planning.memory import (
+    KEPT_OVERHEAD_BYTES,
+    PLAN_BYTES,
+    RUNTIME_BYTES,
+    UPLOAD_BYTES,
+    project_memory,
+    slot_bytes,
+)
 from pipeline.planning.plan import Plan, Source, TensorPlan
 from pipeline.units import format_bytes
 from tests.planning.plans import plan_by_hand, tensor
@@ -24,10 +31,10 @@ def plan(inputs: int = 9, tensors: int = 20, elements: int = 3 << 18, **words: o
     return plan_by_hand(items, files, inputs=inputs, chunk_elements=LENGTH, **words)
 
 
-def smallest(of: Plan) -> int:
+def smallest(of: Plan, *, remote_output: bool = False) -> int:
     """The budget that the refusal of almost none names."""
     with pytest.raises(BudgetError) as caught:
-        project_memory(of, budget_bytes=1, threads=4)
+        project_memory(of, budget_bytes=1, threads=4, remote_output=remote_output)
     found = re.fullmatch(r"give at least --memory (\d+)MB", caught.value.problems[0].remedy)
     assert found is not None
     return int(found[1]) * 1_000_000
@@ -50,33 +57,42 @@ def test_a_refusal_names_its_terms() -> None:
     with pytest.raises(BudgetError) as caught:
         project_memory(of, budget_bytes=1_000_000, threads=4)
     (problem,) = caught.value.problems
-    for word in ("runtime 450 MB", "statistics ", f"one chunk in flight {format_bytes(slot_bytes(of))}", "work "):
+    terms = ("runtime 650 MB", "plan 270 KB", "statistics ", f"one chunk in flight {format_bytes(slot_bytes(of))}")
+    for word in (*terms, "work "):
         assert word in problem.what
+    assert "upload" not in problem.what
+    with pytest.raises(BudgetError, match=r"upload 64 MB"):
+        project_memory(of, budget_bytes=1_000_000, threads=4, remote_output=True)
     assert problem.what.endswith("but may take 1 MB")
     assert problem.where == f"9 checkpoints, chunks of {LENGTH} elements"
     assert caught.value.exit_code == 4
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(450, 20_000), st.integers(1, 32), st.integers(2, 30), st.booleans())
+@given(st.integers(650, 20_000), st.integers(1, 32), st.integers(2, 30), st.booleans(), st.booleans())
 def test_the_sum_of_the_terms_never_exceeds_the_budget(
-    megabytes: int, threads: int, inputs: int, measured: bool
+    megabytes: int, threads: int, inputs: int, measured: bool, remote: bool
 ) -> None:
     of = plan(inputs, tensors=3, measured=measured)
     budget = megabytes * 1_000_000
     try:
-        memory = project_memory(of, budget_bytes=budget, threads=threads)
+        memory = project_memory(of, budget_bytes=budget, threads=threads, remote_output=remote)
     except BudgetError:
-        assert budget < smallest(of)
+        assert budget < smallest(of, remote_output=remote)
         return
     assert memory.total_bytes == sum(memory.terms.values()) <= budget
-    assert set(memory.terms) == {"runtime", "statistics", "chunks in flight", "work", "retained"}
+    names = {"runtime", "plan", "statistics", "chunks in flight", "work", "retained"}
+    assert set(memory.terms) == (names | {"upload"} if remote else names)
     assert min(memory.terms.values()) >= 0
     assert memory.terms["runtime"] == RUNTIME_BYTES
+    assert memory.terms["plan"] == PLAN_BYTES * 3 * inputs
+    assert memory.terms.get("upload", 0) == (UPLOAD_BYTES if remote else 0)
     assert memory.terms["chunks in flight"] == memory.window * slot_bytes(of)
     # Each chunk in flight may be in a kernel: the worker has that many threads.
     assert memory.terms["work"] == memory.window * work_bytes(inputs)
-    assert memory.terms["retained"] == memory.retained_bytes
+    # All pieces are of one size here: the room is as large as the term allows with the overhead of each, to the byte.
+    piece = 2 * LENGTH
+    assert memory.retained_bytes == memory.terms["retained"] * piece // (piece + KEPT_OVERHEAD_BYTES)
     assert 1 <= memory.threads <= threads
     assert memory.window in (memory.threads, memory.threads + 1)
     assert measured or memory.retained_bytes == 0
@@ -84,11 +100,12 @@ def test_the_sum_of_the_terms_never_exceeds_the_budget(
 
 def test_more_memory_never_buys_less() -> None:
     of = plan()
-    steps = [project_memory(of, budget_bytes=budget * 50_000_000, threads=6) for budget in range(12, 200)]
+    steps = [project_memory(of, budget_bytes=budget * 50_000_000, threads=6) for budget in range(14, 200)]
     for less, more in itertools.pairwise(steps):
         assert more.threads >= less.threads
         assert more.window >= less.window
         assert more.total_bytes >= less.total_bytes
+    assert (steps[0].threads, steps[0].window) < (6, 7)
     assert steps[-1].threads == 6
     assert steps[-1].window == 7
 
@@ -97,10 +114,43 @@ def test_retention_is_bounded_by_what_there_is_to_keep() -> None:
     of = plan()
     memory = project_memory(of, budget_bytes=10**13, threads=2)
     everything = sum(item.elements for item in of.tensors) * 2 * 9
-    assert everything <= memory.retained_bytes <= 2 * everything
+    assert memory.retained_bytes == everything
+    assert memory.terms["retained"] == everything + 20 * 3 * 9 * KEPT_OVERHEAD_BYTES
     assert memory.total_bytes < 2 * 10**9
     tight = project_memory(of, budget_bytes=smallest(of) + 100_000_000, threads=1)
-    assert 0 < tight.retained_bytes <= 100_000_000
+    assert 0 < tight.retained_bytes < tight.terms["retained"] <= 100_000_000
+
+
+def test_many_small_pieces_leave_less_room_for_their_bytes() -> None:
+    """Of a piece as small as its overhead only half the term is bytes."""
+    items = [tensor(f"t{number}", KEPT_OVERHEAD_BYTES // 4, inputs=("F32",) * 3) for number in range(100)]
+    of = plan_by_hand(items, lay_out(items, file_size_bytes=10**9, solve_in_file=False), inputs=3)
+    memory = project_memory(of, budget_bytes=10**9, threads=1)
+    everything = 100 * 3 * KEPT_OVERHEAD_BYTES
+    assert (memory.retained_bytes, memory.terms["retained"]) == (everything, 2 * everything)
+    tight = project_memory(of, budget_bytes=memory.total_bytes - everything, threads=1)
+    assert (tight.retained_bytes, tight.terms["retained"]) == (everything // 2, everything)
+
+
+def test_the_plan_itself_counts_by_tensor_and_input() -> None:
+    few, more, wider = (
+        project_memory(of, budget_bytes=10**10, threads=1) for of in (plan(9, 20), plan(9, 40), plan(18, 20))
+    )
+    assert few.terms["plan"] == 20 * 9 * PLAN_BYTES
+    assert more.terms["plan"] == wider.terms["plan"] == 2 * few.terms["plan"]
+
+
+def test_an_upload_is_held_beside_the_rest() -> None:
+    of = plan()
+    local = project_memory(of, budget_bytes=10**10, threads=2)
+    remote = project_memory(of, budget_bytes=10**10, threads=2, remote_output=True)
+    assert dict(remote.terms) == {**local.terms, "upload": UPLOAD_BYTES}
+    assert remote.total_bytes - local.total_bytes == UPLOAD_BYTES
+    named = smallest(of, remote_output=True)
+    assert named == smallest(of) + UPLOAD_BYTES  # both are whole megabytes
+    with pytest.raises(BudgetError):
+        project_memory(of, budget_bytes=named - 1_000_000, threads=1, remote_output=True)
+    assert project_memory(of, budget_bytes=named, threads=1, remote_output=True).total_bytes <= named
 
 
 def test_a_chunk_in_flight_is_every_input_and_the_output() -> None:
@@ -118,12 +168,38 @@ def test_a_chunk_in_flight_is_every_input_and_the_output() -> None:
     )
     narrow = tensor("n", 10, dtype="BF16", inputs=("F32", "BF16", "BF16"))
     of = plan_by_hand([wide, narrow], [], chunk_elements=LENGTH)
-    assert slot_bytes(of) == 1000 * ((4 + 4 + 8) + 4 + 4)
-    assert slot_bytes(plan_by_hand([wide, narrow], [], chunk_elements=100)) == 100 * 24
-    # A cast copy of every point.
+    # The widest of each input, its tied copy, the output, and a copy of each point in one dtype.
+    assert slot_bytes(of) == 1000 * ((4 + 4 + 8) + 4 + 4 + 3 * 8)
+    assert slot_bytes(plan_by_hand([wide, narrow], [], chunk_elements=100)) == 100 * (24 + 24)
+    # The copy is made once, whatever the reason.
     assert slot_bytes(plan_by_hand([wide, narrow], [], chunk_elements=100, cast="F32")) == 100 * (24 + 24)
     assert slot_bytes(plan_by_hand([wide, narrow], [], chunk_elements=100, non_finite="base")) == 100 * (24 + 24)
     assert slot_bytes(plan_by_hand([], [])) == 0
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "group", "copies"),
+    [
+        (("BF16", "BF16", "BF16"), 0, 0),
+        (("F32", "F32", "F32"), 0, 0),
+        (("F64", "F64", "F64"), 0, 0),
+        (("F16", "F16", "F16"), 0, 3),  # no kernel takes float16 as it is
+        (("BF16", "BF16", "F32"), 0, 3),
+        (("F32", "BF16", "BF16"), 0, 3),
+        (("I64", "I64", "I64"), -1, 0),
+        (("I8", "I64", "I64"), -1, 0),  # a copied tensor never reaches the kernels
+    ],
+)
+def test_points_that_must_be_widened_count_a_copy(dtypes: tuple[str, ...], group: int, copies: int) -> None:
+    widths = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I8": 1, "I64": 8}
+    plain = tensor("p", 1000, dtype="F64", inputs=("F64", "F64", "F64"))
+    item = tensor("t", 1000, dtype=dtypes[0], group=group, inputs=dtypes)
+    alone = 1000 * (sum(widths[word] for word in dtypes) + widths[dtypes[0]] + 8 * copies)
+    assert slot_bytes(plan_by_hand([item], [])) == alone
+    # One such tensor is enough, beside others of the widest type.
+    assert slot_bytes(plan_by_hand([plain, item], [])) == 1000 * (4 * 8 + 8 * copies)
+    for words in ({"cast": "F32"}, {"non_finite": "base"}):
+        assert slot_bytes(plan_by_hand([plain, item], [], **words)) == 1000 * (4 * 8 + 8 * 3)
 
 
 def test_statistics_grow_with_the_chunks_of_the_largest_file_only() -> None:

@@ -64,7 +64,7 @@ def test_workers_memory_and_device_leave_no_trace(family: Family, tmp_path: Path
         plan_merge(recipe, output, resources, probe=False).plan
         for resources in (
             Resources(),
-            Resources(workers=3, memory_bytes=600_000_000),
+            Resources(workers=3, memory_bytes=700_000_000),
             Resources(workers=64, memory_bytes=10**12, device="cpu", executor="local"),
         )
     ]

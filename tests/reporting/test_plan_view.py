@@ -21,7 +21,7 @@ KEYS = {
 def test_the_document_is_the_plan(tmp_path: Path, base: bool) -> None:
     family = small_family(tmp_path)
     plan = plan_of(family.recipe(base=base, pipeline={"scope": "block", "file_size": "400B"}))
-    memory = project_memory(plan, budget_bytes=600_000_000, threads=2)
+    memory = project_memory(plan, budget_bytes=800_000_000, threads=2)
     rates = Rates(measure=2e9, write=1.5e9, source="given")
     cost = project_cost(plan, memory, workers=2, rates=rates)
     found = plan_summary(plan, memory, cost, rates, 2, 0.123456)
@@ -49,6 +49,6 @@ def test_the_document_is_the_plan(tmp_path: Path, base: bool) -> None:
 
 def test_without_rates_there_are_no_seconds(tmp_path: Path) -> None:
     plan = plan_of(small_family(tmp_path).recipe())
-    memory = project_memory(plan, budget_bytes=600_000_000, threads=1)
+    memory = project_memory(plan, budget_bytes=800_000_000, threads=1)
     found = plan_summary(plan, memory, project_cost(plan, memory, workers=1, rates=None), None, 1, 0.0)
     assert (found["seconds"], found["rates"]) == ({}, "unknown")

@@ -16,10 +16,9 @@ from pipeline.events import (
     PassEnded,
     PassProgress,
     PassStarted,
-    ignore,
 )
 from pipeline.reporting import progress
-from pipeline.reporting.progress import LogLines, TerminalProgress, fan_out
+from pipeline.reporting.progress import LogLines, TerminalProgress
 
 STORY: list[Event] = [
     Note(text="no base_model"),
@@ -97,12 +96,3 @@ def test_a_terminal_tells_the_story() -> None:
         assert words in text
     assert "block 8" not in text
     assert text.count("note: no base_model") == 1
-
-
-def test_listeners_can_be_joined() -> None:
-    first: list[Event] = []
-    second: list[Event] = []
-    listener = fan_out(first.append, ignore, second.append)
-    for event in STORY:
-        listener(event)
-    assert first == second == STORY

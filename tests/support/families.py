@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS = 64, 32, 48, 3
 
-CONFIG = {
+CONFIG: dict[str, object] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_size": HIDDEN,
@@ -75,6 +75,13 @@ def fine_tune(base: Mapping[str, torch.Tensor], seed: int, *, size: float = 0.00
     }
 
 
+def config_of(names: Container[str], config: Mapping[str, object] | None = None) -> dict[str, object]:
+    """The configuration of a small Llama; one that has neither a head nor a tied embedding is a bare encoder."""
+    merged = {**CONFIG, **(config or {})}
+    bare = "lm_head.weight" not in names and not merged["tie_word_embeddings"]
+    return {**merged, "architectures": ["LlamaModel"], **(config or {})} if bare else merged
+
+
 def save_model(
     folder: Path,
     weights: Mapping[str, torch.Tensor],
@@ -103,7 +110,7 @@ def save_model(
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     word = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps({**CONFIG, "torch_dtype": word, **(config or {})}))
+    (folder / "config.json").write_text(json.dumps({**config_of(weights, config), "torch_dtype": word}))
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
     if tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))

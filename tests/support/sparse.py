@@ -7,7 +7,7 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.support.families import CONFIG
+from tests.support.families import config_of
 
 _BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 
@@ -43,5 +43,5 @@ def save_sparse(
             stream.truncate(8 + len(text) + position)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps({**CONFIG, **(config or {})}))
+    (folder / "config.json").write_text(json.dumps(config_of(shapes, config)))
     return folder

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import time
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
@@ -29,8 +29,9 @@ from pipeline.numerics.exact_sum import LIMBS
 
 # Seconds between two looks at the actors' progress.
 _TICK_S = 0.5
-# Ranks wait for the slowest reader of a pass; a dead rank is seen by its closed connection, not by this.
-_COLLECTIVE_TIMEOUT_S = 600
+# All ranks have read their shards when they meet, so this is for the exchange alone; a dead rank is seen by its closed
+# connection, not by this.
+_COLLECTIVE_TIMEOUT_S = 60
 # Seconds for a cluster to find room for all actors before the merge gives up with what is missing.
 _PLACEMENT_TIMEOUT_S = 120
 # Times one file may lose its worker: a machine that dies thrice on the same file is the file's fault.
@@ -47,6 +48,9 @@ class _Actor:
         self._worker = ShardWorker(dataclasses.replace(job, device=pick_device(job.device, 0)))
         self._group: Any = None
         self._world = 1
+        self._partial: dict[int, np.ndarray] = {}
+        # A verb that a lost neighbour left behind may still run when the next one arrives.
+        self._verb = threading.Lock()
 
     def join(self, host: str, port: int, generation: int, rank: int, world: int) -> None:
         """Become a rank of a collective group."""
@@ -60,18 +64,24 @@ class _Actor:
 
     def run(self, verb: str, file: int, arguments: tuple[Any, ...]) -> Any:
         """Run a verb on one file."""
-        return getattr(self._worker, verb)(file, *arguments)
+        with self._verb:
+            return getattr(self._worker, verb)(file, *arguments)
 
-    def probe(self, requests: Mapping[int, np.ndarray], files: Sequence[int]) -> dict[int, np.ndarray]:
-        """Probe this shard and return the sum over all ranks; the same on every rank."""
-        partial = self._worker.probe(requests, files)
+    def probe(self, requests: Mapping[int, np.ndarray], files: Sequence[int]) -> None:
+        """Probe this shard and keep the partial sums for `reduce`."""
+        with self._verb:
+            self._partial = self._worker.probe(requests, files)
+
+    def reduce(self, requests: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """Return the sums of all ranks' last probes; the same on every rank."""
+        partial, group = self._partial, self._group
         shapes = {group: _limb_shape(coefficients) for group, coefficients in requests.items()}
         flat = np.concatenate([
             partial[group].ravel() if group in partial else np.zeros(shape, np.int64).ravel()
             for group, shape in shapes.items()
         ])  # fmt: skip
         try:
-            total = self._sum(torch.from_numpy(flat)).numpy()
+            total = _sum(group, self._world, torch.from_numpy(flat)).numpy()
         except RuntimeError:
             # Dropped at once: the closed connections wake the other ranks, which would wait for the timeout.
             self._group = None
@@ -91,14 +101,6 @@ class _Actor:
     def process_id(self) -> int:
         """Return the actor's process, for whoever must find it in a node's list of processes."""
         return os.getpid()
-
-    def _sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the sum of all ranks' integers, exact in any order."""
-        if self._world == 1:
-            return values
-        gathered = [[torch.empty_like(values) for _ in range(self._world)]]
-        self._group.allgather(gathered, [values]).wait()
-        return torch.stack(gathered[0]).sum(dim=0)
 
 
 class RayExecutor:
@@ -164,13 +166,13 @@ class RayExecutor:
                 rank, file = running.pop(reference)
                 try:
                     result = ray.get(reference)
-                except (ActorDiedError, ActorUnavailableError) as error:
+                except RayTaskError as error:
+                    raise _cause(error) from error
+                except RayError as error:  # the actor, its node or its memory
                     if attempts[file] >= _ATTEMPTS:
                         raise _lost(rank, file, error) from error
                     self._replace(rank)
                     waiting[rank].insert(0, file)
-                except RayTaskError as error:
-                    raise _cause(error) from error
                 else:
                     yield file, result
                 submit(rank)
@@ -181,17 +183,11 @@ class RayExecutor:
         for _ in range(_ATTEMPTS):
             try:
                 self._join()
-                calls = [
-                    actor.probe.remote(requests, shard) for actor, shard in zip(self._actors, self._shards, strict=True)
-                ]
-                pending = calls
-                while pending:
-                    done, pending = ray.wait(pending, num_returns=1, timeout=_TICK_S)
-                    ray.get(done)
-                    tick(self._done_bytes())
-                result: dict[int, np.ndarray] = ray.get(calls[0])
+                self._each("probe", [(requests, shard) for shard in self._shards], tick)
+                totals = self._each("reduce", [(requests,)] * len(self._actors), tick)
+                result: dict[int, np.ndarray] = totals[0]
                 return result
-            except (RayActorError, RayTaskError) as error:
+            except RayError as error:
                 cause = _cause(error) if isinstance(error, RayTaskError) else None
                 if isinstance(cause, PipelineError):
                     raise cause from error
@@ -249,11 +245,33 @@ class RayExecutor:
         options = {"num_cpus": 1, "num_gpus": gpus, "scheduling_strategy": strategy, "max_concurrency": 2}
         return ray.remote(_Actor).options(**options).remote(self._job)
 
+    def _each(self, verb: str, arguments: Sequence[tuple[Any, ...]], tick: Tick) -> list[Any]:
+        """Run a verb on every actor at once and return the results by rank; raise the first failure when it happens."""
+        calls = [getattr(actor, verb).remote(*given) for actor, given in zip(self._actors, arguments, strict=True)]
+        pending = calls
+        while pending:
+            done, pending = ray.wait(pending, num_returns=1, timeout=_TICK_S)
+            ray.get(done)
+            tick(self._done_bytes())
+        results: list[Any] = ray.get(calls)
+        return results
+
     def _replace(self, rank: int) -> None:
         """Start a new actor in a lost one's place."""
         ray.kill(self._actors[rank])
         self._actors[rank] = self._spawn(rank)
         self._joined = False
+        try:
+            ray.get(self._actors[rank].facts.remote(), timeout=_PLACEMENT_TIMEOUT_S)
+        except RayError as error:
+            raise WorkerError(
+                Problem(
+                    what=f"worker {rank} was lost, and none could be started in its place"
+                    f" within {_PLACEMENT_TIMEOUT_S} s: {error}",
+                    where=f"Ray cluster with {ray.cluster_resources()}",
+                    remedy="add a node, or ask for fewer --workers; the same command resumes",
+                )
+            ) from error
 
     def _join(self) -> None:
         """Make all actors ranks of one group, once per generation."""
@@ -276,7 +294,7 @@ class RayExecutor:
         for rank, actor in enumerate(self._actors):
             try:
                 ray.get(actor.facts.remote(), timeout=10)
-            except (RayActorError, GetTimeoutError):
+            except RayError:
                 self._replace(rank)
 
     def _done_bytes(self) -> int:
@@ -287,9 +305,18 @@ class RayExecutor:
         for call in done:
             try:
                 total += ray.get(call)["done"]
-            except RayActorError:
-                time.sleep(0)
+            except RayError:
+                continue
         return total
+
+
+def _sum(group: Any, world: int, values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of all ranks' integers, exact in any order."""
+    if world == 1:
+        return values
+    gathered = [[torch.empty_like(values) for _ in range(world)]]
+    group.allgather(gathered, [values]).wait()
+    return torch.stack(gathered[0]).sum(dim=0)
 
 
 def _limb_shape(coefficients: np.ndarray) -> tuple[int, int]:
