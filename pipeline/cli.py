@@ -68,7 +68,7 @@ def main() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
 
-@main.command()
+@main.command(short_help="Merge the models of RECIPE into OUTPUT.")
 @click.argument("recipe")
 @click.argument("output")
 @_resources
@@ -96,7 +96,7 @@ def merge(recipe: str, output: str, overwrite: bool, as_json: bool, **options: A
     _emit(report, as_json, lambda: _show_report(report, output))
 
 
-@main.command()
+@main.command(short_help="Show what a merge would read, hold and write.")
 @click.argument("recipe")
 @click.argument("output")
 @_resources
@@ -116,7 +116,7 @@ def plan(recipe: str, output: str, as_json: bool, **options: Any) -> None:
     _emit(summary, as_json, lambda: _show_plan(summary))
 
 
-@main.command()
+@main.command(short_help="Read a finished OUTPUT again and check it.")
 @click.argument("output")
 @_json
 def verify(output: str, as_json: bool) -> None:
@@ -133,7 +133,7 @@ def verify(output: str, as_json: bool) -> None:
         result,
         as_json,
         lambda: click.echo(
-            f"{result['output']}: {result['files']} files, {result['tensors']} tensors,"
+            f"{result['output']}: {_counted(result['files'], 'file')}, {_counted(result['tensors'], 'tensor')},"
             f" {format_bytes(result['bytes'])}: all as written"
         ),
     )
@@ -251,18 +251,23 @@ def _show_report(report: dict[str, Any], output: str) -> None:
     table.add_column("model")
     table.add_column("weight", justify="right")
     table.add_column("coefficient" if len(groups) == 1 else "mean coefficient", justify="right")
-    table.add_column("norm", justify="right")
+    if any(group["norms"] for group in groups):
+        table.add_column("norm", justify="right")
     for row, model in enumerate(report["models"]):
         shares = [group["coefficients"][row] for group in groups]
         norms = [group["norms"][row] for group in groups if group["norms"]]
-        norm = f"{sum(value**2 for value in norms) ** 0.5:.4g}" if norms else ""
-        table.add_row(model["model"], f"{report['weights'][row]:.4g}", f"{sum(shares) / len(shares):.6f}", norm)
+        norm = [f"{sum(value**2 for value in norms) ** 0.5:.4g}"] if norms else []
+        table.add_row(model["model"], f"{report['weights'][row]:.4g}", f"{sum(shares) / len(shares):.6f}", *norm)
     console.print(table)
     gaps = [group["relative_gap"] for group in groups if group["relative_gap"] is not None]
     certificate = f"certified to a relative gap of {max(gaps):.1e}; " if gaps else ""
+    scales = {group["scale"] for group in groups}
+    scale = f"scale {max(scales):.4g}, " if len(scales) == 1 and scales != {1.0} else ""
+    resumed = f" ({_counted(report['resumed_files'], 'file')} found done)" if report["resumed_files"] else ""
     click.echo(
-        f"{output}: {certificate}{len(groups)} group{'s' * (len(groups) != 1)}, {len(report['files'])} files,"
-        f" {format_bytes(report['bytes_written'])} written, inputs read {report['passes']:g} times,"
+        f"{output}: {certificate}{scale}{_counted(len(groups), 'group')},"
+        f" {_counted(len(report['files']), 'file')}{resumed},"
+        f" {format_bytes(report['bytes_written'])} written, {_counted(report['passes'], 'pass')} over the inputs,"
         f" {format_seconds(sum(report['seconds'].values()))}"
     )
 
@@ -275,8 +280,8 @@ def _show_plan(summary: dict[str, Any]) -> None:
     )
     click.echo(f"groups   {len(summary['groups'])}: " + _listed([group["name"] for group in summary["groups"]]))
     click.echo(
-        f"read     {format_bytes(summary['bytes_to_read'])} in {summary['passes']:g} passes;"
-        f" write {format_bytes(summary['bytes_to_write'])} in {len(summary['files'])} files: "
+        f"read     {format_bytes(summary['bytes_to_read'])} in {_counted(summary['passes'], 'pass')};"
+        f" write {format_bytes(summary['bytes_to_write'])} in {_counted(len(summary['files']), 'file')}: "
         + _listed([f"{file['name']} {format_bytes(file['bytes'])}" for file in summary["files"]])
     )
     memory = summary["memory_per_worker"]
@@ -287,6 +292,12 @@ def _show_plan(summary: dict[str, Any]) -> None:
         click.echo(f"time     {format_seconds(sum(summary['seconds'].values()))} ({parts}; rates {summary['rates']})")
     for note in summary["notes"]:
         click.echo(f"note     {note}")
+
+
+def _counted(number: float, noun: str) -> str:
+    """Return a number with its noun: "1 file", "2 files", "1.8 passes"."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number:g} {noun if number == 1 else plural}"
 
 
 def _listed(items: list[str]) -> str:

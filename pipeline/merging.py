@@ -10,6 +10,7 @@ import posixpath
 import time
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.engine.bandwidth import given_rates, measure_rates
@@ -74,6 +75,8 @@ def load_recipe(url: str) -> tuple[Recipe, str]:
     Raises:
         RecipeError: It cannot be found, read as text, or understood.
     """
+    if Path(url).is_dir():
+        raise RecipeError(Problem(what="is a folder", where=f"recipe {url}", remedy="name the recipe's file"))
     folder, name = posixpath.split(url)
     store = open_store(folder or ".")
     try:

@@ -171,8 +171,10 @@ def test_a_merge_prints_a_table_and_leaves_a_checkpoint(family: Family) -> None:
     assert "geometric_median of 3 models" in result.stdout
     last = result.stdout.splitlines()[-1]
     size = (output / "model-00001-of-00001.safetensors").stat().st_size
-    certified = r": certified to a relative gap of \d\.\de[+-]\d\d; 1 group, 1 files, "
-    assert re.match(re.escape(str(output)) + certified + f"{format_bytes(size)} written, inputs read 1 times, ", last)
+    certified = r": certified to a relative gap of \d\.\de[+-]\d\d; 1 group, 1 file, "
+    assert re.match(
+        re.escape(str(output)) + certified + f"{format_bytes(size)} written, 1 pass over the inputs, ", last
+    )
     assert set(load_folder(output)) == set(SMALL_SHAPES)
 
 

@@ -60,18 +60,30 @@ def prepare(plan: Plan, output: Store, *, overwrite: bool) -> State:
             raise
         existing = None
     if not overwrite and existing is not None and existing.get("fingerprint") == plan.fingerprint:
-        if INDEX in paths and all(is_written(output, file.name) for file in plan.files):
+        whole = all(is_written(output, file.name) for file in plan.files)
+        if INDEX in paths and whole and not missing_side_files(output):
             return State.COMMITTED
         # A checkpoint that lost a file or a part of one is none: what is missing is written again.
         output.delete(INDEX)
         _check_room(plan, output)
         return State.PARTIAL
-    if paths and not overwrite:
+    if paths and not overwrite and not _only_planned(paths):
         raise OutputError(_occupied(plan, output, existing))
     _check_room(plan, output)
     _clear(output, paths)
     write_json(output, PLAN, plan.to_json())
     return State.FRESH
+
+
+def missing_side_files(output: Store) -> list[str]:
+    """Return the configuration, tokenizer and report files that a commit wrote and that are gone."""
+    recorded = (read_json(output, SIDE_FILES) or {}).get("paths", [])
+    return [path for path in recorded if not output.exists(path)]
+
+
+def _only_planned(paths: tuple[str, ...]) -> bool:
+    """Return whether a run left nothing here but its plan, as one does that was refused in its first pass."""
+    return all(path == PLAN for path in paths)
 
 
 def is_written(output: Store, name: str) -> bool:

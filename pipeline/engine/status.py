@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.engine.output import is_written
 from pipeline.engine.run_folder import INDEX, MEASURED, PLAN, SOLUTIONS, WRITTEN, finished, read_json
 from pipeline.errors import OutputError, Problem
 from pipeline.storage import Store
@@ -16,7 +17,7 @@ def status(output: Store) -> dict[str, Any]:
     """Return the state of a merge.
 
     Returns:
-        state: "planned", "measuring", "solved", "writing" or "committed"; counts of files and bytes.
+        state: "planned", "measuring", "solved", "writing", "committed" or "damaged"; counts of files and bytes.
 
     Raises:
         OutputError: There is no merge of ours here.
@@ -32,10 +33,11 @@ def status(output: Store) -> dict[str, Any]:
         )
     sizes = {file["name"]: file["size_bytes"] for file in plan["files"]}
     measured = finished(output, MEASURED, ".parquet")
-    written = finished(output, WRITTEN, ".json")
+    written = frozenset(name for name in finished(output, WRITTEN, ".json") if is_written(output, name))
     solved = output.exists(SOLUTIONS)
     if output.exists(INDEX):
-        state = "committed"
+        # A committed output that lost a file since: the same merge writes it anew.
+        state = "committed" if written >= sizes.keys() else "damaged"
     elif written:
         state = "writing"
     elif solved:

@@ -13,6 +13,7 @@ import torch
 
 from pipeline.checkpoints.checkpoint import open_checkpoint
 from pipeline.checkpoints.header import TensorEntry, read_header
+from pipeline.engine.output import missing_side_files
 from pipeline.engine.run_folder import INDEX, PLAN, REPORT, read_json
 from pipeline.errors import OutputError, PipelineError, Problem, VerificationError
 from pipeline.numerics.dtypes import is_mergeable, torch_dtype
@@ -52,6 +53,10 @@ def verify(output: Store) -> dict[str, Any]:
     except PipelineError as error:
         raise VerificationError(*error.problems) from error
     problems += _name_problems(plan, checkpoint.tensors)
+    problems += [
+        Problem(what="is gone", where=f"file {output.location(path)}", remedy="run the merge again: it writes it anew")
+        for path in missing_side_files(output)
+    ]
     for entry in report["files"]:
         problems += _file_problems(output, entry)
     if problems:
@@ -97,7 +102,7 @@ def _file_problems(output: Store, entry: Mapping[str, Any]) -> Iterator[Problem]
         yield Problem(
             what=f"SHA-256 is {digest.hexdigest()}, but {entry['sha256']} was written",
             where=where,
-            remedy="the file was damaged or changed after the merge; merge again",
+            remedy="the file was damaged or changed after the merge; merge again with --overwrite",
         )
     for tensor in read_header(output, name).tensors:
         if is_mergeable(tensor.dtype):

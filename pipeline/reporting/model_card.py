@@ -24,8 +24,9 @@ def model_card(report: dict[str, Any], recipe_text: str) -> str:
         recipe_text: The recipe as the user wrote it; credentials in its URLs are left out.
     """
     models = [entry["model"] for entry in report["models"]]
+    base = [report["base_model"]] if report["base_model"] else []
     front = yaml.safe_dump(
-        {"library_name": "transformers", "tags": ["merge", "geomerge"], "base_model": models}, sort_keys=False
+        {"library_name": "transformers", "tags": ["merge", "geomerge"], "base_model": [*base, *models]}, sort_keys=False
     )
     return "\n".join(
         [
@@ -36,6 +37,8 @@ def model_card(report: dict[str, Any], recipe_text: str) -> str:
             "",
             *_table(report, models),
             "",
+            *[f"* {note}" for note in report["notes"]],
+            *([""] if report["notes"] else []),
             "## Recipe",
             "",
             "```yaml",
@@ -54,7 +57,12 @@ def _sentence(report: dict[str, Any]) -> str:
     scopes = {"model": "the full parameter vector", "block": "each block", "tensor": "each tensor"}
     over = scopes.get(report["scope"], "each group of tensors")
     certified = f"certified optimal to a relative gap of {worst:.1e} before rounding to the output's dtype"
-    return f"The geometric median of {count} models over {over}, {certified}."
+    median = f"The geometric median of {count} models over {over}, {certified}."
+    scales = sorted({group["scale"] for group in report["groups"]})
+    if scales == [1.0]:
+        return median
+    span = f"{scales[0]:.4g}" if len(scales) == 1 else f"{scales[0]:.4g} to {scales[-1]:.4g}"
+    return f"{median} Written is not the median itself but base + λ·(median − base), with λ = {span}."
 
 
 def _table(report: dict[str, Any], models: list[str]) -> list[str]:

@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.checkpoints.tables import read_table
 from pipeline.engine import worker as worker_module
 from pipeline.engine.run_folder import INDEX
-from pipeline.errors import CheckpointError
+from pipeline.engine.status import status
+from pipeline.engine.verify import verify
+from pipeline.errors import CheckpointError, VerificationError
 from pipeline.merging import Resources, merge
+from pipeline.storage import open_store
 from tests.support.families import fine_tune, load_folder, make_family, save_model
 from tests.support.reference import digests
 
@@ -133,9 +137,6 @@ def test_the_iterations_survive_a_resume(tmp_path: Path) -> None:
     out = tmp_path / "out"
     recipe = family.recipe(pipeline={"file_size": "20KB"})
     merge(str(recipe), str(out))
-    from pipeline.checkpoints.tables import read_table
-    from pipeline.storage import open_store
-
     before = read_table(open_store(str(out)), "_geomerge/iterations.parquet")
     (out / INDEX).unlink()
     next(iter(out.glob("*.safetensors"))).unlink()
@@ -152,3 +153,29 @@ def test_a_large_scale_is_no_false_alarm(tmp_path: Path) -> None:
     report = merge(str(family.recipe(pipeline={"scale": "norm"})), str(tmp_path / "out"))
     assert report["groups"][0]["scale"] > 1e3
     assert json.loads((tmp_path / "out" / "geomerge_report.json").read_text()) == report
+
+
+def test_a_lost_side_file_is_noticed_and_written_again(tmp_path: Path) -> None:
+    family = make_family(tmp_path, 3)
+    out = tmp_path / "out"
+    merge(str(family.recipe()), str(out))
+    whole = digests(out)
+    (out / "config.json").unlink()
+    with pytest.raises(VerificationError, match=r"config\.json: is gone"):
+        verify(open_store(str(out)))
+    merge(str(family.recipe()), str(out))
+    assert digests(out) == whole
+    next(iter(out.glob("*.safetensors"))).unlink()
+    assert status(open_store(str(out)))["state"] == "damaged"
+
+
+def test_a_refused_merge_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    family = make_family(tmp_path, 3)
+    damaged = {name: value.clone() for name, value in family.values[1].items()}
+    damaged["lm_head.weight"][0, 0] = float("nan")
+    save_model(family.models[1], damaged)
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        merge(str(family.recipe()), str(out))
+    report = merge(str(family.recipe(name="repaired.yaml", pipeline={"non_finite": "base"})), str(out))
+    assert report["files"]

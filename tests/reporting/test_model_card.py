@@ -17,12 +17,14 @@ def report(groups: int = 1, **keys: object) -> dict[str, Any]:
             "name": f"g{number}",
             "coefficients": [0.25, 0.75],
             "norms": [1.0, 12.34567],
+            "scale": 1.0,
             "relative_gap": 10.0 ** -(12 + number),
         }
         for number in range(groups)
     ]
     models = [{"model": "/a: b"}, {"model": "s3://bucket/c"}]
-    return {"method": "geometric_median", "scope": "model", "models": models, "groups": entries, **keys}
+    facts = {"method": "geometric_median", "scope": "model", "base_model": "/base", "notes": ["look out"]}
+    return {**facts, "models": models, "groups": entries, **keys}
 
 
 def front_matter(card: str) -> Any:
@@ -35,8 +37,16 @@ def test_the_hub_can_read_it() -> None:
     assert front_matter(model_card(report(), RECIPE)) == {
         "library_name": "transformers",
         "tags": ["merge", "geomerge"],
-        "base_model": ["/a: b", "s3://bucket/c"],
+        "base_model": ["/base", "/a: b", "s3://bucket/c"],
     }
+
+
+def test_the_scale_and_the_notes_are_said() -> None:
+    scaled = report(2)
+    scaled["groups"][1]["scale"] = 2.5
+    assert "base + λ·(median − base), with λ = 1 to 2.5." in model_card(scaled, RECIPE)
+    assert "λ" not in model_card(report(2), RECIPE)
+    assert "\n* look out\n" in model_card(report(), RECIPE)
 
 
 @pytest.mark.parametrize(
