@@ -15,7 +15,7 @@ from pipeline.errors import CheckpointError, Problem, VerificationError
 from pipeline.numerics.dtypes import config_name, torch_dtype
 from pipeline.numerics.kernels import combine, non_finite_counts, pairwise_distances, probe, replace_non_finite
 from pipeline.planning.plan import Plan
-from pipeline.planning.traffic import written_inputs
+from pipeline.planning.traffic import probed_inputs, written_inputs
 
 
 def measure_chunk(plan: Plan, loaded: Loaded, device: torch.device) -> tuple[ChunkRow, dict[int, int]]:
@@ -52,9 +52,7 @@ def measure_chunk(plan: Plan, loaded: Loaded, device: torch.device) -> tuple[Chu
 
 def probe_chunk(plan: Plan, loaded: Loaded, coefficients_QN: np.ndarray, device: torch.device) -> np.ndarray:
     """Return Q·N squared distances and Q·Q products of one chunk, in one row."""
-    # The base is there only where it replaces what is not finite.
-    indices = plan.points if plan.settings.non_finite == "base" else plan.models
-    points = _points(plan, loaded, indices, device)
+    points = _points(plan, loaded, probed_inputs(plan), device)
     result = probe(points[len(points) - len(plan.models) :], coefficients_QN)
     return np.concatenate([result.squared_distances_QP.ravel(), result.products_QQ.ravel()])
 

@@ -27,7 +27,7 @@ from pipeline.numerics.exact_sum import ExactSum, exact_column_sums
 from pipeline.planning.grid import Chunk, chunks_of
 from pipeline.planning.memory import Memory
 from pipeline.planning.plan import Plan
-from pipeline.planning.traffic import written_inputs
+from pipeline.planning.traffic import probed_inputs, written_inputs
 from pipeline.storage import open_store
 
 T = TypeVar("T")
@@ -107,8 +107,7 @@ class ShardWorker:
             By group, the limbs of Q·N squared distances followed by Q·Q products.
         """
         totals: dict[int, ExactSum] = {}
-        needs_base = self._plan.settings.non_finite == "base"
-        inputs = self._plan.points if needs_base else self._plan.models
+        inputs = probed_inputs(self._plan)
         for file in files:
             self._source.check_versions(self._plan.files[file].tensors)
             chunks = [c for c in self._plan.chunks(file) if self._plan.tensors[c.tensor].group in requests]

@@ -23,3 +23,8 @@ def written_inputs(plan: Plan) -> tuple[int, ...]:
     """Return the inputs that the writing pass combines: the models, and the base unless its coefficient is 0."""
     needs_base = plan.base is not None and (plan.settings.scale != 1.0 or plan.settings.non_finite == "base")
     return plan.points if needs_base else plan.models
+
+
+def probed_inputs(plan: Plan) -> tuple[int, ...]:
+    """Return the inputs that an iteration over the parameters reads: the base only where it replaces values."""
+    return plan.points if plan.settings.non_finite == "base" else plan.models
