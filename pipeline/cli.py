@@ -22,8 +22,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # Every option of the command line; a test compares them with what click knows, so that none is added by accident.
 OPTIONS = ("--executor", "--address", "--workers", "--memory", "--device", "--overwrite", "--json")
-# Rows of a table before the rest is counted.
+# Rows of a list before the rest is counted.
 _ROWS = 12
+# Models in the table of results before the rest is counted.
+_TABLE_ROWS = 40
 
 
 class _Size(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
@@ -253,12 +255,14 @@ def _show_report(report: dict[str, Any], output: str) -> None:
     table.add_column("coefficient" if len(groups) == 1 else "mean coefficient", justify="right")
     if any(group["norms"] for group in groups):
         table.add_column("norm", justify="right")
-    for row, model in enumerate(report["models"]):
+    for row, model in enumerate(report["models"][:_TABLE_ROWS]):
         shares = [group["coefficients"][row] for group in groups]
         norms = [group["norms"][row] for group in groups if group["norms"]]
         norm = [f"{sum(value**2 for value in norms) ** 0.5:.4g}"] if norms else []
         table.add_row(model["model"], f"{report['weights'][row]:.4g}", f"{sum(shares) / len(shares):.6f}", *norm)
     console.print(table)
+    if len(report["models"]) > _TABLE_ROWS:
+        click.echo(f"and {len(report['models']) - _TABLE_ROWS} more models, in geomerge_report.json")
     gaps = [group["relative_gap"] for group in groups if group["relative_gap"] is not None]
     certificate = f"certified to a relative gap of {max(gaps):.1e}; " if gaps else ""
     scales = {group["scale"] for group in groups}

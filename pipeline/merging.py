@@ -24,10 +24,13 @@ from pipeline.engine.worker import Job
 from pipeline.errors import PipelineError, Problem, RecipeError
 from pipeline.events import Committed, Listener, Note, ignore
 from pipeline.methods import registry
-from pipeline.planning.build import Sources, build_plan, open_sources
+from pipeline.planning.adapter_output import merged_adapter_config
+from pipeline.planning.build import build_plan
 from pipeline.planning.cost import Cost, Rates, project_cost
 from pipeline.planning.memory import Memory, project_memory
 from pipeline.planning.plan import Plan
+from pipeline.planning.sources import Sources, open_sources
+from pipeline.planning.traffic import one_read_bytes
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.reporting.model_card import model_card
 from pipeline.reporting.report import build_report
@@ -175,15 +178,15 @@ def _merge(
     )
     outcome = driver.run()
     shares = save_tables(plan, outcome, output)
-    one_read = project_cost(plan, planned.memory, workers=1, rates=None)
-    input_bytes = one_read.measure_bytes or one_read.reread_bytes
-    report = build_report(plan, outcome, input_bytes=input_bytes, unchanged_shares=shares)
+    report = build_report(plan, outcome, input_bytes=one_read_bytes(plan), unchanged_shares=shares)
     for note in report["notes"][len(plan.notes) :]:
         listener(Note(text=note))
     documents = {
         REPORT: (json.dumps(report, indent=1) + "\n").encode(),
         "README.md": model_card(report, text).encode(),
     }
-    commit(plan, output, planned.sources.checkpoints[plan.donor], documents)
+    as_adapter = plan.settings.output == "adapter"
+    config = merged_adapter_config(plan, planned.sources) if as_adapter else None
+    commit(plan, output, planned.sources.donors(plan.donor), documents, config)
     listener(Committed(location=output.location()))
     return report

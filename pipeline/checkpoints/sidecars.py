@@ -23,6 +23,7 @@ _FOREIGN_FOLDERS = re.compile(
 )
 # The largest tokenizers have some 35 MB; what is larger is data.
 _LARGEST_BYTES = 100_000_000
+# What a tokenizer is read from, each of them enough to find one.
 _TOKENIZER_FILES = frozenset(
     {
         "tokenizer.json",
@@ -35,16 +36,19 @@ _TOKENIZER_FILES = frozenset(
     }
 )
 
-# What a model folder has at its top beside weights, whoever wrote it.
-MODEL_FILES = _TOKENIZER_FILES | {
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
+_TOKENIZER_PARTS = _TOKENIZER_FILES | {
     "added_tokens.json",
     "special_tokens_map.json",
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+}
+
+# What a model folder has at its top beside weights, whoever wrote it.
+MODEL_FILES = _TOKENIZER_PARTS | {
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
     "preprocessor_config.json",
     "processor_config.json",
 }
@@ -57,6 +61,11 @@ def side_files(store: Store) -> tuple[str, ...]:
         store: The model folder; one level of sub-folders is looked into (sentence-transformers keeps modules there).
     """
     return tuple(path for path in store.list() if _belongs(path) and store.stat(path).size_bytes <= _LARGEST_BYTES)
+
+
+def tokenizer_files(store: Store) -> tuple[str, ...]:
+    """Return those of `side_files` that a tokenizer is made of."""
+    return tuple(path for path in side_files(store) if path in _TOKENIZER_PARTS or path.endswith(".tiktoken"))
 
 
 def has_tokenizer(store: Store) -> bool:

@@ -6,40 +6,41 @@ Owns the measurement behind the plan's projected seconds. Runs only when a plan 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import numpy as np
-import torch
 
-from pipeline.engine.chunk_math import measure_chunk, write_chunk
 from pipeline.engine.process import cores, single_threaded_products
+from pipeline.engine.run_folder import ChunkRow
 from pipeline.engine.solutions import Solution
-from pipeline.engine.source import ChunkSource
+from pipeline.engine.worker import Job, ShardWorker
 from pipeline.planning.cost import Rates
 from pipeline.planning.grid import Chunk
 from pipeline.planning.memory import Memory
 from pipeline.planning.plan import Plan
-from pipeline.planning.traffic import input_bytes, written_inputs
+
+T = TypeVar("T")
 
 # Seconds each of the two passes is tried for: longer than the first chunk's warm-up, short enough to wait for.
 _TRIAL_S = 0.8
-# Chunks tried at most; a small model is over before the time is.
-_TRIAL_CHUNKS = 64
+# Tensors tried at most; a small model is over before the time is.
+_TRIAL_TENSORS = 64
 
 
 def measure_rates(plan: Plan, memory: Memory, *, workers: int) -> Rates | None:
-    """Return the rates of both passes on this machine, all workers together; None when all tensors are empty.
+    """Return the rates of both passes on this machine, all workers together; None when there is nothing to try.
 
-    The trial runs as many threads as this machine has cores, or as the merge would use if that is fewer.
+    The trial runs a worker on the first chunks of the largest tensors, in as many threads as this machine has cores, or
+    as the merge would use if that is fewer.
     """
     threads = min(cores(), memory.threads * workers)
     merged = [index for index, tensor in enumerate(plan.tensors) if tensor.group >= 0 and tensor.elements]
-    if not merged:
+    # Tensors that nothing touches are copied at the speed of the others' base; what is to be tried is the rest.
+    tried = [index for index in merged if not plan.tensors[index].unchanged] or merged
+    largest = sorted(tried, key=lambda index: -plan.tensors[index].elements)[:_TRIAL_TENSORS]
+    if not largest:
         return None
-    source = ChunkSource(plan, Memory(terms={}, threads=threads, window=threads, retained_bytes=0))
-    largest = sorted(merged, key=lambda index: -plan.tensors[index].elements)[:_TRIAL_CHUNKS]
-    chunks = [Chunk(tensor=t, start=0, stop=min(plan.chunk_elements, plan.tensors[t].elements)) for t in largest]
     share = 1.0 / len(plan.models)
     even = Solution(
         group=0,
@@ -47,27 +48,25 @@ def measure_rates(plan: Plan, memory: Memory, *, workers: int) -> Rates | None:
         coefficients=(share,) * len(plan.models),
         scale=1.0,
         median=None,
-        distances=(),
+        distances=np.zeros((0, 0)),
     )
-    device = torch.device("cpu")
-
-    def measure(chunk: Chunk) -> None:
-        with source.lease(chunk, plan.points) as loaded:
-            measure_chunk(plan, loaded, device)
-
-    def write(chunk: Chunk) -> None:
-        with source.lease(chunk, written_inputs(plan)) as loaded:
-            for index in loaded.raw:
-                loaded.checksum(index)
-            write_chunk(plan, loaded, even, device)
-
+    trial = Memory(terms={}, threads=threads, window=threads, retained_bytes=0)
+    worker = ShardWorker(Job(plan=plan, output_url=".", memory=trial, device="cpu"))
+    checksums: dict[tuple[int, int], np.ndarray] = {}
+    first = 0.0
     try:
         with single_threaded_products():
-            first = _rate(plan, measure, chunks, plan.points, threads)
-            second = _rate(plan, write, chunks, written_inputs(plan), threads)
+            if plan.settings.measured:
+                chunks = _first([plan.measured_chunks(index) for index in largest])
+                found: list[ChunkRow] = []
+                first = _rate(worker, worker.measured, chunks, found)
+                checksums = {(row.tensor, row.start): row.checksums for row in found}
+                largest = [index for index in largest if (index, 0) in checksums]
+            chunks = _first([plan.written_chunks(index) for index in largest])
+            second = _rate(worker, lambda some: worker.merged(some, even, checksums), chunks, [])
     finally:
-        source.close()
-    return Rates(measure=first, write=second, source="measured")
+        worker.close()
+    return Rates(measure=first or second, write=second, source="measured")
 
 
 def given_rates(bytes_per_second: int) -> Rates:
@@ -75,23 +74,18 @@ def given_rates(bytes_per_second: int) -> Rates:
     return Rates(measure=float(bytes_per_second), write=float(bytes_per_second), source="given")
 
 
+def _first(chunks: list[tuple[Chunk, ...]]) -> list[Chunk]:
+    return [members[0] for members in chunks if members]
+
+
 def _rate(
-    plan: Plan, task: Callable[[Chunk], None], chunks: list[Chunk], inputs: tuple[int, ...], threads: int
+    worker: ShardWorker, run: Callable[[list[Chunk]], Iterator[T]], chunks: list[Chunk], results: list[T]
 ) -> float:
-    """Return input bytes a second of a task over chunks, in as many threads."""
-    done = np.zeros(threads)
-
-    def body(rank: int) -> None:
-        end = time.perf_counter() + _TRIAL_S
-        for chunk in chunks[rank::threads]:
-            task(chunk)
-            tensor = plan.tensors[chunk.tensor]
-            done[rank] += input_bytes(tensor, inputs) * chunk.elements / tensor.elements
-            if time.perf_counter() > end:
-                return
-
-    task(chunks[0])
-    started = time.perf_counter()
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(body, range(threads)))
-    return float(done.sum()) / max(1e-9, time.perf_counter() - started)
+    """Return the input bytes a second of a pass over some chunks, the first left aside; results are appended."""
+    results += run(chunks[:1])
+    begun, started = worker.done_bytes, time.perf_counter()
+    for result in run(chunks[1:] or chunks):
+        results.append(result)
+        if time.perf_counter() > started + _TRIAL_S:
+            break
+    return max(1, worker.done_bytes - begun) / max(1e-9, time.perf_counter() - started)

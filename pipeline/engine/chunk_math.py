@@ -5,6 +5,9 @@ Owns the translation between the plan's words and the kernels' arrays. Legend: P
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -14,24 +17,41 @@ from pipeline.engine.source import Loaded
 from pipeline.errors import CheckpointError, Problem, VerificationError
 from pipeline.numerics.dtypes import config_name, torch_dtype
 from pipeline.numerics.kernels import combine, non_finite_counts, pairwise_distances, probe, replace_non_finite
+from pipeline.numerics.low_rank import LowRank, dense_rows
 from pipeline.planning.plan import Plan
-from pipeline.planning.traffic import probed_inputs, written_inputs
+from pipeline.planning.traffic import dense_inputs, probed_points, written_points
+
+# By input index, the updates of one tensor.
+Updates = Mapping[int, LowRank]
 
 
-def measure_chunk(plan: Plan, loaded: Loaded, device: torch.device) -> tuple[ChunkRow, dict[int, int]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergedChunk:
+    """A merged chunk's bytes and what is added up over chunks.
+
+    Attributes:
+        sums: P squared distances from the points, the squared rounding, and how many values of each of the P points
+            were replaced by the base's; entries of points that the writing pass does not read are 0. Empty for a copy.
+        discarded: Of truncated factors, the share of the squared norm that was cut off.
+    """
+
+    data: memoryview
+    sums: tuple[float, ...]
+    discarded: float | None = None
+
+
+def measure_chunk(
+    plan: Plan, loaded: Loaded, updates: Updates, checksums: tuple[int, ...], device: torch.device
+) -> tuple[ChunkRow, dict[int, int]]:
     """Return a chunk's statistics and, by input index, how many values are not finite.
 
     Where the recipe says `non_finite: base` they are replaced and not counted, except in the base itself.
     """
     chunk = loaded.chunk
-    checksums = tuple(loaded.checksum(index) if index in loaded.raw else 0 for index in range(len(plan.inputs)))
     count = len(plan.points)
     if plan.tensors[chunk.tensor].group < 0:
-        zeros = (0.0,) * (count * (count - 1) // 2)
-        return ChunkRow(
-            tensor=chunk.tensor, start=chunk.start, distances=zeros, unchanged=(0,) * count, checksums=checksums
-        ), {}
-    points = _points(plan, loaded, plan.points, device)
+        return chunk_row(plan, chunk.tensor, chunk.start, np.zeros((count, count)), np.zeros(count), checksums), {}
+    points, _ = _points(plan, loaded, plan.points, updates, device)
     result = pairwise_distances(points)
     bad: dict[int, int] = {}
     if not np.isfinite(result.distances_PP).all():
@@ -40,31 +60,53 @@ def measure_chunk(plan: Plan, loaded: Loaded, device: torch.device) -> tuple[Chu
         if not bad:
             remedy = "leave out the model that has values above 1e150"
             raise _overflow(plan, loaded, "a distance overflows float64", remedy)
-    row = ChunkRow(
-        tensor=chunk.tensor,
-        start=chunk.start,
-        distances=triangle(result.distances_PP),
-        unchanged=tuple(result.unchanged_P.tolist()),
-        checksums=checksums,
-    )
+    row = chunk_row(plan, chunk.tensor, chunk.start, result.distances_PP, result.unchanged_P, checksums)
     return row, bad
 
 
-def probe_chunk(plan: Plan, loaded: Loaded, coefficients_QN: np.ndarray, device: torch.device) -> np.ndarray:
+def chunk_checksums(plan: Plan, loaded: Loaded | None, factor_sums: Mapping[int, int]) -> tuple[int, ...]:
+    """Return one hash an input: of its bytes of a chunk, of its factors, or of both together; 0 where it has neither.
+
+    Args:
+        plan: The plan.
+        loaded: The chunk; None where the factors tell everything.
+        factor_sums: Hashes of the factors by input.
+    """
+    whole = {} if loaded is None else {index: loaded.checksum(index) for index in loaded.raw}
+    return tuple(whole.get(index, 0) ^ factor_sums.get(index, 0) for index in range(len(plan.inputs)))
+
+
+def chunk_row(
+    plan: Plan,
+    tensor: int,
+    start: int,
+    distances_PP: np.ndarray,
+    unchanged_P: np.ndarray,
+    checksums: tuple[int, ...],
+) -> ChunkRow:
+    """Return what is kept of a chunk."""
+    return ChunkRow(
+        tensor=tensor,
+        start=start,
+        distances=triangle(distances_PP),
+        unchanged=unchanged_P,
+        checksums=np.array(checksums, dtype=np.int64),
+    )
+
+
+def probe_chunk(
+    plan: Plan, loaded: Loaded, updates: Updates, coefficients_QN: np.ndarray, device: torch.device
+) -> np.ndarray:
     """Return Q·N squared distances and Q·Q products of one chunk, in one row."""
-    points = _points(plan, loaded, probed_inputs(plan), device)
+    points, _ = _points(plan, loaded, probed_points(plan), updates, device)
     result = probe(points[len(points) - len(plan.models) :], coefficients_QN)
     return np.concatenate([result.squared_distances_QP.ravel(), result.products_QQ.ravel()])
 
 
 def write_chunk(
-    plan: Plan, loaded: Loaded, solution: Solution | None, device: torch.device
-) -> tuple[memoryview, tuple[float, ...]]:
-    """Return a merged chunk's bytes and a row of sums over it.
-
-    The row holds P squared distances from the points, the squared rounding, and how many values of each of the P points
-    were replaced by the base's; entries of points that the writing pass does not read are 0. A chunk without a solution
-    is copied from the donor and has no row.
+    plan: Plan, loaded: Loaded, updates: Updates, solution: Solution | None, device: torch.device
+) -> MergedChunk:
+    """Return a merged chunk; one without a solution is copied from the donor.
 
     Raises:
         VerificationError: A merged value overflows the output dtype.
@@ -73,48 +115,87 @@ def write_chunk(
     tensor = plan.tensors[loaded.chunk.tensor]
     if solution is None:
         # The buffer goes back to the pool with the lease, so the copy is needed.
-        return loaded.raw[plan.donor].copy().data, ()
-    inputs = written_inputs(plan)
-    skipped = len(plan.points) - len(inputs)
-    points = _points(plan, loaded, inputs, device)
-    result = combine(points, solution.factors[skipped:], torch_dtype(tensor.dtype))
+        donor = plan.dense_input(loaded.chunk.tensor, plan.donor)
+        return MergedChunk(data=loaded.raw[donor].copy().data, sums=())
+    written = written_points(plan)
+    skipped = len(plan.points) - len(written)
+    if tensor.unchanged:
+        points, replaced = _points(plan, loaded, written[:1], updates, device)
+        result = combine(points, [float(np.sum(solution.factors))], torch_dtype(tensor.dtype))
+        squared, replaced = result.squared_distances_P.tolist() * len(written), replaced * len(written)
+    else:
+        points, replaced = _points(plan, loaded, written, updates, device)
+        result = combine(points, solution.factors[skipped:], torch_dtype(tensor.dtype))
+        squared = result.squared_distances_P.tolist()
+    refuse_non_finite(plan, loaded, result.squared_rounding, points)
     padding = (0.0,) * skipped
-    replaced = _replaced(plan, loaded, inputs, points) if plan.settings.non_finite == "base" else (0.0,) * len(inputs)
-    sums = (*padding, *result.squared_distances_P.tolist(), result.squared_rounding, *padding, *replaced)
-    if not np.isfinite(result.squared_rounding):
-        counts = non_finite_counts(points)
-        if any(counts):
-            raise _not_finite(plan, loaded, dict(zip(inputs, counts, strict=True)))
-        what = f"a merged value overflows {config_name(tensor.dtype)}"
-        raise _overflow(plan, loaded, what, "choose a wider out_dtype, or a smaller scale")
-    return result.values_E.cpu().view(torch.uint8).numpy().data, sums
+    sums = (*padding, *squared, result.squared_rounding, *padding, *replaced)
+    return MergedChunk(data=_bytes(result.values_E), sums=sums)
 
 
-def _points(plan: Plan, loaded: Loaded, indices: tuple[int, ...], device: torch.device) -> list[torch.Tensor]:
-    """Return the tensors of a chunk by point, on the device, cast as the recipe says."""
-    sources = plan.tensors[loaded.chunk.tensor].sources
-    cast = torch_dtype(plan.settings.cast) if plan.settings.cast else None
+def refuse_non_finite(plan: Plan, loaded: Loaded, squared_rounding: float, points: list[torch.Tensor]) -> None:
+    """Raise when a merged chunk is not finite.
+
+    Args:
+        plan: The plan.
+        loaded: The chunk.
+        squared_rounding: Of the merged values; not finite where one of them is not.
+        points: What was combined: the written points, or what all of them have in common.
+    """
+    if np.isfinite(squared_rounding):
+        return
+    counts = non_finite_counts(points)
+    inputs = written_points(plan)
+    if len(points) < len(inputs):
+        inputs = dense_inputs(plan, loaded.chunk.tensor, inputs)
+    if any(counts):
+        raise _not_finite(plan, loaded, dict(zip(inputs, counts, strict=True)))
+    what = f"a merged value overflows {config_name(plan.tensors[loaded.chunk.tensor].dtype)}"
+    raise _overflow(plan, loaded, what, "choose a wider out_dtype, or a smaller scale")
+
+
+def dense_values(plan: Plan, loaded: Loaded, index: int, device: torch.device) -> torch.Tensor:
+    """Return what one input holds of a chunk, on the device, cast as the recipe says."""
+    source = plan.tensors[loaded.chunk.tensor].sources[index]
+    if source is None:
+        raise ValueError(f"input {index} does not hold the tensor")
+    values_E = torch.from_numpy(loaded.raw[index]).view(torch_dtype(source.dtype)).to(device)
+    return values_E.to(torch_dtype(plan.settings.cast)) if plan.settings.cast else values_E
+
+
+def _bytes(values_E: torch.Tensor) -> memoryview:
+    return values_E.cpu().view(torch.uint8).numpy().data
+
+
+def _points(
+    plan: Plan, loaded: Loaded, indices: tuple[int, ...], updates: Updates, device: torch.device
+) -> tuple[list[torch.Tensor], list[float]]:
+    """Return the values of a chunk by point, and how many of each were not finite and are the base's instead.
+
+    A point of an adapter is the exact sum of the values it stands on and its update, in float64.
+    """
+    chunk = loaded.chunk
+    columns = plan.tensors[chunk.tensor].columns
+    dense = {
+        held: dense_values(plan, loaded, held, device)
+        for held in dict.fromkeys(plan.dense_input(chunk.tensor, index) for index in indices)
+    }
     by_input = {}
     for index in dict.fromkeys(indices):
-        values_E = torch.from_numpy(loaded.raw[index]).view(torch_dtype(sources[index].dtype)).to(device)
-        by_input[index] = values_E.to(cast) if cast is not None else values_E
+        values_E = dense[plan.dense_input(chunk.tensor, index)]
+        if index in updates:
+            rows_RK = dense_rows(updates[index], chunk.start // columns, chunk.stop // columns)
+            values_E = rows_RK.flatten().add_(values_E)
+        by_input[index] = values_E
+    replaced = dict.fromkeys(by_input, 0.0)
     if plan.settings.non_finite == "base" and plan.base in by_input:
         base_E = by_input[plan.base]
-        by_input = {i: v if i == plan.base else replace_non_finite(v, base_E) for i, v in by_input.items()}
-    return [by_input[index] for index in indices]
-
-
-def _replaced(plan: Plan, loaded: Loaded, indices: tuple[int, ...], points: list[torch.Tensor]) -> tuple[float, ...]:
-    """Return, by point, how many of its values were replaced; only a point that was touched is counted again."""
-    sources = plan.tensors[loaded.chunk.tensor].sources
-    counts = []
-    for index, point in zip(indices, points, strict=True):
-        dtype = torch_dtype(plan.settings.cast or sources[index].dtype)
-        # `replace_non_finite` widens what it changes; a float64 model may have been changed all the same.
-        touched = point.dtype != dtype or dtype == torch.float64
-        raw_E = torch.from_numpy(loaded.raw[index]).view(torch_dtype(sources[index].dtype)).to(dtype)
-        counts.append(float(non_finite_counts([raw_E])[0]) if touched and index != plan.base else 0.0)
-    return tuple(counts)
+        for index, values_E in by_input.items():
+            repaired_E = values_E if index == plan.base else replace_non_finite(values_E, base_E)
+            if repaired_E is not values_E:
+                replaced[index] = float(non_finite_counts([values_E])[0])
+                by_input[index] = repaired_E
+    return [by_input[index] for index in indices], [replaced[index] for index in indices]
 
 
 def as_cast(plan: Plan) -> str:
@@ -155,5 +236,24 @@ def _not_finite(plan: Plan, loaded: Loaded, counts: dict[int, int]) -> Checkpoin
             )
             for index, count in counts.items()
             if count
+        )
+    )
+
+
+def non_finite_error(plan: Plan, bad: Mapping[tuple[int, int], int]) -> CheckpointError:
+    """Return the error that lists every model and tensor with values that are not finite.
+
+    Args:
+        plan: The plan.
+        bad: Counts by (tensor index, input index).
+    """
+    return CheckpointError(
+        *(
+            Problem(
+                what=f"{count} of {plan.tensors[tensor].elements} values are NaN or infinite{as_cast(plan)}",
+                where=f"model {plan.inputs[index].name}, tensor {plan.tensors[tensor].name}",
+                remedy=non_finite_remedy(plan, index),
+            )
+            for (tensor, index), count in sorted(bad.items())
         )
     )

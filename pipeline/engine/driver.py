@@ -23,8 +23,8 @@ from pipeline.engine.run_folder import (
     WRITTEN,
     finished,
     group_sums,
-    load_rows,
     read_json,
+    read_rows,
     square,
     write_json,
     written_path,
@@ -46,7 +46,15 @@ from pipeline.methods import registry
 from pipeline.numerics.exact_sum import ExactSum, exact_column_sums
 from pipeline.planning.assignment import assign
 from pipeline.planning.plan import Plan
-from pipeline.planning.traffic import input_bytes, written_inputs
+from pipeline.planning.traffic import (
+    dense_inputs,
+    factor_bytes,
+    input_bytes,
+    measured_bytes,
+    merged_bytes,
+    probed_points,
+    written_points,
+)
 from pipeline.storage import Store
 
 # Squared distances follow from the table by sums of products of its entries with the factors; this is their error
@@ -114,7 +122,10 @@ class Driver:
                 self._measure()
                 solutions = self._solve()
             else:
-                solutions = {group: fixed_solution(plan, group) for group in range(len(plan.groups))}
+                solutions = {}
+            for group, planned in enumerate(plan.groups):
+                if planned.coefficients is not None:
+                    solutions[group] = fixed_solution(plan, group)
             written = self._write(solutions)
             for record in written.values():
                 solutions.update({solution.group: solution for solution in record.solutions})
@@ -143,11 +154,11 @@ class Driver:
         missing = [file for file in wanted if plan.files[file].name not in done]
         for file in wanted:
             if file not in missing:
-                self._add(group_sums(plan, load_rows(self._output, plan.files[file].name)))
+                self._add(group_sums(plan, read_rows(self._output, plan.files[file].name)))
         self._note_resumed("measured", len(wanted) - len(missing))
         if not missing:
             return
-        total = sum(self._bytes_of(file, plan.points) for file in missing)
+        total = sum(self._measured_bytes(file) for file in missing)
         with self._pass("measure", total, len(missing)) as tick:
             for file, partial in self._start().map("measure", dict.fromkeys(missing, ()), tick):
                 self._add(partial)
@@ -157,7 +168,7 @@ class Driver:
         """Return the solutions of all groups that span files, from the run folder if they are there."""
         plan = self._plan
         fused = {plan.tensors[t].group for layout in plan.files if layout.fused for t in layout.tensors}
-        wanted = [group for group in range(len(plan.groups)) if group not in fused]
+        wanted = [g for g, group in enumerate(plan.groups) if g not in fused and group.coefficients is None]
         saved = read_json(self._output, SOLUTIONS)
         if saved is not None:
             return {int(entry["group"]): solution_from_json(entry) for entry in saved["solutions"]}
@@ -180,8 +191,12 @@ class Driver:
     def _stream(self, wanted: Sequence[int], tables: Mapping[int, np.ndarray]) -> dict[int, Solution]:
         """Return solutions whose coefficients come from iterations over the parameters."""
         plan = self._plan
-        every = range(len(plan.files))
-        total = sum(self._bytes_of(file, plan.models, copied=False) for file in every)
+        total = sum(
+            input_bytes(tensor, dense_inputs(plan, index, probed_points(plan)) if tensor.shared is None else ())
+            + factor_bytes(tensor)
+            for index, tensor in enumerate(plan.tensors)
+            if tensor.group in wanted
+        )
         executor = self._start()
 
         def reduce(requests: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
@@ -196,16 +211,14 @@ class Driver:
         """Return the groups' P × P tables of squared distances: exactly rounded sums over all chunks, in any order."""
         points = len(self._plan.points)
         return {
-            group: square(self._sums[group].total().tolist(), points)
-            if group in self._sums
-            else np.zeros((points, points))
+            group: square(self._sums[group].total(), points) if group in self._sums else np.zeros((points, points))
             for group in wanted
         }
 
-    def _add(self, partial: Mapping[int, np.ndarray]) -> None:
+    def _add(self, partial: Mapping[int, ExactSum]) -> None:
         """Add one file's sums of distances."""
-        for group, limbs in partial.items():
-            self._sums.setdefault(group, ExactSum(len(limbs))).merge(ExactSum.from_limbs(limbs))
+        for group, sums in partial.items():
+            self._sums.setdefault(group, ExactSum(len(sums))).merge(sums)
 
     def _write(self, solutions: Mapping[int, Solution]) -> dict[int, WrittenFile]:
         """Write the files that no earlier run has finished."""
@@ -224,9 +237,9 @@ class Driver:
         for file in missing:
             groups = {plan.tensors[tensor].group for tensor in plan.files[file].tensors}
             items[file] = ({group: solutions[group] for group in groups if group in solutions},)
-        inputs = written_inputs(plan)
         total = sum(
-            self._bytes_of(file, inputs) + (self._bytes_of(file, plan.points) if plan.files[file].fused else 0)
+            sum(merged_bytes(plan, tensor) for tensor in plan.files[file].tensors)
+            + (self._measured_bytes(file) if plan.files[file].fused else 0)
             for file in missing
         )
         with self._pass("write", total, len(missing)) as tick:
@@ -252,13 +265,13 @@ class Driver:
         """
         plan = self._plan
         for solution in self._outcome.solutions:
-            if not solution.distances:
+            if not solution.distances.size:
                 continue
             measured_P, rounding = written_distances(self._outcome.written, solution.group, len(plan.points))
             predicted_P = predicted_distances(solution)
             reach = math.fsum(abs(factor) for factor in solution.factors)
             slack = rounding * (1 + 1e-6) + reach * math.sqrt(_TABLE_PRECISION * float(np.max(solution.distances)))
-            rows = range(len(plan.points) - len(written_inputs(plan)), len(plan.points))
+            rows = range(len(plan.points) - len(written_points(plan)), len(plan.points))
             worst = max(rows, key=lambda row: abs(measured_P[row] - predicted_P[row]))
             if abs(measured_P[worst] - predicted_P[worst]) > slack:
                 raise VerificationError(
@@ -270,16 +283,9 @@ class Driver:
                     )
                 )
 
-    def _bytes_of(self, file: int, inputs: tuple[int, ...], *, copied: bool = True) -> int:
-        """Return the input bytes of one output file's tensors."""
-        plan = self._plan
-        everywhere = tuple(range(len(plan.inputs)))
-        tensors = [plan.tensors[index] for index in plan.files[file].tensors]
-        return sum(
-            input_bytes(tensor, inputs if tensor.group >= 0 else everywhere)
-            for tensor in tensors
-            if copied or tensor.group >= 0
-        )
+    def _measured_bytes(self, file: int) -> int:
+        """Return the input bytes that measuring one output file's tensors reads."""
+        return sum(measured_bytes(self._plan, tensor) for tensor in self._plan.files[file].tensors)
 
     @contextmanager
     def _pass(self, name: str, total_bytes: int, files: int) -> Iterator[Callable[[int], None]]:
@@ -325,4 +331,5 @@ def _from_marker(data: Mapping[str, Any]) -> WrittenFile:
         squared_rounding={int(group): value for group, value in data["squared_rounding"].items()},
         replaced=tuple(data["replaced"]),
         solutions=tuple(solution_from_json(entry) for entry in data["solutions"]),
+        discarded={int(tensor): share for tensor, share in data["discarded"].items()},
     )

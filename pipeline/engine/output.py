@@ -1,26 +1,30 @@
 """Whether an output folder can be used, and the commit that makes it a checkpoint.
 
-Owns what may be overwritten, what is resumed, and the order in which the last files appear. The index file is the
-commit: before it exists no loader finds weights here.
+Owns what may be overwritten, what is resumed, and the order in which the last files appear. The index file, or an
+adapter's configuration, is the commit: before it exists no loader finds weights here.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
+from typing import Any
 
-from pipeline.checkpoints.checkpoint import Checkpoint
+from pipeline.checkpoints.adapter import ADAPTER_CONFIG
 from pipeline.checkpoints.dtypes import DTYPES
-from pipeline.checkpoints.sidecars import MODEL_FILES, output_config, side_files
+from pipeline.checkpoints.sidecars import MODEL_FILES, output_config, side_files, tokenizer_files
 from pipeline.engine.run_folder import FOLDER, INDEX, PLAN, REPORT, SIDE_FILES, read_json, write_json, written_path
 from pipeline.errors import BudgetError, OutputError, Problem, VerificationError
 from pipeline.numerics.dtypes import config_name
+from pipeline.planning.adapters import Member
 from pipeline.planning.plan import Plan
 from pipeline.storage import Store
 from pipeline.units import format_bytes
 
+# What is written last, by the kind of output: no loader finds weights in the folder before it exists.
+_COMMITS = {"model": INDEX, "adapter": ADAPTER_CONFIG}
 # Room beside the weights for statistics, tokenizer and reports.
 _EXTRA_BYTES = 64_000_000
 # What makes a folder a checkpoint; removed by --overwrite, so that two models never lie in one folder.
@@ -61,10 +65,10 @@ def prepare(plan: Plan, output: Store, *, overwrite: bool) -> State:
         existing = None
     if not overwrite and existing is not None and existing.get("fingerprint") == plan.fingerprint:
         whole = all(is_written(output, file.name) for file in plan.files)
-        if INDEX in paths and whole and not missing_side_files(output):
+        if commit_path(plan) in paths and whole and not missing_side_files(output):
             return State.COMMITTED
         # A checkpoint that lost a file or a part of one is none: what is missing is written again.
-        output.delete(INDEX)
+        output.delete(commit_path(plan))
         _check_room(plan, output)
         return State.PARTIAL
     if paths and not overwrite and not _only_planned(paths):
@@ -117,29 +121,57 @@ def _place(url: str) -> str:
     return real.rstrip("/") + "/"
 
 
-def commit(plan: Plan, output: Store, donor: Checkpoint, documents: Mapping[str, bytes]) -> None:
-    """Write everything beside the weights and then the index.
+def commit(
+    plan: Plan,
+    output: Store,
+    donors: Sequence[Member],
+    documents: Mapping[str, bytes],
+    adapter_config: Mapping[str, object] | None = None,
+) -> None:
+    """Write everything beside the weights and then the file that makes the folder a model or an adapter.
 
     Args:
         plan: The plan; all its files are written.
         output: The folder.
-        donor: The checkpoint whose configuration and tokenizer are taken.
+        donors: Whose configuration and tokenizer are taken; what a later one has replaces an earlier one's.
         documents: Report, model card and tables by path.
+        adapter_config: Of a merged adapter.
     """
     output.sweep()
-    side = side_files(donor.store)
+    # Of a base an adapter needs nothing; a tokenizer only where the recipe names one.
+    as_model = plan.settings.output == "model"
+    files = side_files if as_model else tokenizer_files
+    wanted = donors if as_model or plan.recipe.get("tokenizer_source") is not None else ()
+    stores = {path: donor.store for donor in wanted for path in files(donor.store)}
     # Recorded first, so that --overwrite can remove them whenever this run ends.
-    write_json(output, SIDE_FILES, {"paths": [*side, *documents]})
-    for path in side:
+    write_json(output, SIDE_FILES, {"paths": [*stores, *documents]})
+    for path, store in stores.items():
         if path != "config.json":
-            output.write(path, donor.store.read(path))
-    donor.store.close()
-    if donor.config:
-        config = output_config(dict(donor.config), config_name(main_dtype(plan)))
+            output.write(path, store.read(path))
+    for donor in donors:
+        donor.store.close()
+    if donors[0].config and as_model:
+        config = output_config(dict(donors[0].config), config_name(main_dtype(plan)))
         output.write("config.json", (json.dumps(config, indent=2) + "\n").encode())
     for path, data in documents.items():
         output.write(path, data)
-    output.write(INDEX, (json.dumps(index(plan), indent=2) + "\n").encode())
+    last = index(plan) if as_model else adapter_config
+    output.write(commit_path(plan), (json.dumps(last, indent=2) + "\n").encode())
+
+
+def commit_path(plan: Plan) -> str:
+    """Return the file that is written last: no loader finds weights in the folder before it exists."""
+    return _COMMITS[plan.settings.output]
+
+
+def is_committed(output: Store, plan: Mapping[str, Any]) -> bool:
+    """Return whether the file that is written last is there.
+
+    Args:
+        output: The folder.
+        plan: The JSON form of the plan in it.
+    """
+    return output.exists(_COMMITS[plan["settings"]["output"]])
 
 
 def index(plan: Plan) -> dict[str, object]:
@@ -198,7 +230,7 @@ def _clear(output: Store, paths: tuple[str, ...]) -> None:
         recorded = (read_json(output, SIDE_FILES) or {}).get("paths", [])
     except VerificationError:
         recorded = []
-    for path in (INDEX, PLAN):
+    for path in (INDEX, ADAPTER_CONFIG, PLAN):
         output.delete(path)
     for path in paths:
         top = "/" not in path

@@ -5,13 +5,14 @@ Owns their columns. Legend: P points.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable
 
 import numpy as np
 
-from pipeline.checkpoints.tables import write_table
+from pipeline.checkpoints.tables import TableWriter, write_table
 from pipeline.engine.driver import Outcome
-from pipeline.engine.run_folder import DISTANCES, ITERATIONS, ChunkRow, load_rows
+from pipeline.engine.run_folder import DISTANCES, ITERATIONS, ChunkRow, read_rows
 from pipeline.numerics.exact_sum import exact_column_sums
 from pipeline.planning.plan import Plan
 from pipeline.storage import Store
@@ -29,35 +30,31 @@ def save_tables(plan: Plan, outcome: Outcome, output: Store) -> list[float] | No
     if not plan.settings.measured:
         return None
     metadata = {"points": "\n".join(plan.inputs[index].name for index in plan.points), "fingerprint": plan.fingerprint}
-    columns: dict[str, list[object]] = {
-        "tensor": [], "group": [], "elements": [], "squared_distances": [], "unchanged": []
-    }  # fmt: skip
-    unchanged_P = np.zeros(len(plan.points), dtype=np.int64)
-    # One file at a time: a large model's rows need not be in memory together.
-    for layout in plan.files:
-        unchanged_P += _add_file(plan, load_rows(output, layout.name), columns)
-    write_table(output, DISTANCES, columns, metadata)
+    # What no adapter touches was not measured: it is the base's in all points.
+    untouched = sum(tensor.elements for tensor in plan.tensors if tensor.group >= 0 and tensor.unchanged)
+    unchanged_P = np.full(len(plan.points), untouched, dtype=np.int64)
+    names = ("tensor", "group", "elements", "squared_distances", "unchanged")
+    with TableWriter(output, DISTANCES, names, metadata) as table:
+        for layout in plan.files:
+            unchanged_P += _add_file(plan, read_rows(output, layout.name), table)
+        table.finish()
     write_table(output, ITERATIONS, _iteration_columns(plan, outcome), metadata)
     elements = sum(group.elements for group in plan.groups)
     return [int(count) / max(1, elements) for count in unchanged_P[plan.offset :]] if plan.offset else None
 
 
-def _add_file(plan: Plan, rows: Sequence[ChunkRow], columns: dict[str, list[object]]) -> np.ndarray:
-    """Append one file's tensors to the columns and return how many elements of each point equal the first's."""
-    by_tensor: dict[int, list[ChunkRow]] = {}
-    for row in rows:
-        if plan.tensors[row.tensor].group >= 0:
-            by_tensor.setdefault(row.tensor, []).append(row)
+def _add_file(plan: Plan, rows: Iterable[ChunkRow], table: TableWriter) -> np.ndarray:
+    """Append one file's tensors to the table and return how many elements of each point equal the first's."""
     unchanged_P = np.zeros(len(plan.points), dtype=np.int64)
-    for index, members in by_tensor.items():
+    merged = (row for row in rows if plan.tensors[row.tensor].group >= 0)
+    # A tensor's chunks are neighbours; with a thousand models those of all tensors need not be in memory together.
+    for index, chunks in itertools.groupby(merged, key=lambda row: row.tensor):
+        members = list(chunks)
         tensor = plan.tensors[index]
-        counts_P = np.array([row.unchanged for row in members], dtype=np.int64).sum(axis=0)
+        counts_P = np.array([row.unchanged for row in members]).sum(axis=0)
         unchanged_P += counts_P
-        columns["tensor"].append(tensor.name)
-        columns["group"].append(plan.groups[tensor.group].name)
-        columns["elements"].append(tensor.elements)
-        columns["squared_distances"].append(exact_column_sums(np.array([row.distances for row in members])).tolist())
-        columns["unchanged"].append((counts_P / tensor.elements).tolist())
+        sums = exact_column_sums([row.distances for row in members])
+        table.append(tensor.name, plan.groups[tensor.group].name, tensor.elements, sums, counts_P / tensor.elements)
     return unchanged_P
 
 

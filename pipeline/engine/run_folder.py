@@ -7,13 +7,13 @@ after what it marks.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pipeline.checkpoints.tables import read_table, write_table
+from pipeline.checkpoints.tables import TableWriter, read_arrays
 from pipeline.errors import Problem, VerificationError
 from pipeline.numerics.exact_sum import ExactSum
 from pipeline.planning.plan import Plan
@@ -30,23 +30,41 @@ ITERATIONS = f"{FOLDER}/iterations.parquet"
 # The commit: transformers finds no weights in the folder before this file exists.
 INDEX = "model.safetensors.index.json"
 REPORT = "geomerge_report.json"
+# The columns of a file's statistics.
+_ROW = ("tensor", "start", "distances", "unchanged", "checksums")
+# Distances added at a time: enough rows for the sums to be worth touching, few enough not to matter.
+_SUMMED_BYTES = 32_000_000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ChunkRow:
-    """What the first read of a chunk leaves behind. Legend: P points, I inputs.
+    """What the first read of a chunk leaves behind; equal to a row of the same numbers. Legend: P points, I inputs.
 
     Attributes:
-        distances: P·(P−1)/2 squared distances, the upper triangle row by row.
-        unchanged: P counts of elements that equal the first point's.
-        checksums: I signed 64-bit hashes of the bytes read.
+        distances: P·(P−1)/2 float64 squared distances, the upper triangle row by row: half a million for 1000 models.
+        unchanged: P int64 counts of elements that equal the first point's.
+        checksums: I int64 hashes of the bytes read.
     """
 
     tensor: int
     start: int
-    distances: tuple[float, ...]
-    unchanged: tuple[int, ...]
-    checksums: tuple[int, ...]
+    distances: np.ndarray
+    unchanged: np.ndarray
+    checksums: np.ndarray
+
+    def __post_init__(self) -> None:
+        for name, dtype in (("distances", np.float64), ("unchanged", np.int64), ("checksums", np.int64)):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=dtype))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ChunkRow):
+            return NotImplemented
+        return (
+            (self.tensor, self.start) == (other.tensor, other.start)
+            and np.array_equal(self.distances, other.distances)
+            and np.array_equal(self.unchanged, other.unchanged)
+            and np.array_equal(self.checksums, other.checksums)
+        )
 
 
 def write_json(store: Store, path: str, value: object) -> None:
@@ -87,36 +105,60 @@ def written_path(file: str) -> str:
     return f"{WRITTEN}/{file}.json"
 
 
-def save_rows(store: Store, file: str, rows: Sequence[ChunkRow], fingerprint: str) -> None:
+class RowsWriter(TableWriter):
+    """The statistics of one output file as they are measured; once finished they mark the file as measured.
+
+    Args:
+        store: The output.
+        file: The output file's name.
+        fingerprint: The plan's.
+    """
+
+    def __init__(self, store: Store, file: str, fingerprint: str) -> None:
+        super().__init__(store, measured_path(file), _ROW, {"fingerprint": fingerprint})
+
+    def add(self, row: ChunkRow) -> None:
+        """Add a chunk's statistics."""
+        self.append(*(getattr(row, name) for name in _ROW))
+
+
+def save_rows(store: Store, file: str, rows: Iterable[ChunkRow], fingerprint: str) -> None:
     """Save the statistics of one output file: at once the result and the marker of its measuring."""
-    columns: dict[str, Sequence[object]] = {
-        "tensor": [row.tensor for row in rows],
-        "start": [row.start for row in rows],
-        "distances": [list(row.distances) for row in rows],
-        "unchanged": [list(row.unchanged) for row in rows],
-        "checksums": [list(row.checksums) for row in rows],
-    }
-    write_table(store, measured_path(file), columns, {"fingerprint": fingerprint})
+    with RowsWriter(store, file, fingerprint) as writer:
+        for row in rows:
+            writer.add(row)
+        writer.finish()
 
 
-def load_rows(store: Store, file: str) -> tuple[ChunkRow, ...]:
-    """Return the saved statistics of one output file.
+def read_rows(store: Store, file: str) -> Iterator[ChunkRow]:
+    """Yield the saved statistics of one output file, a part of them in memory at a time.
 
     Raises:
         VerificationError: The file is damaged.
     """
-    table = read_table(store, measured_path(file))
-    columns = (table["tensor"], table["start"], table["distances"], table["unchanged"], table["checksums"])
-    return tuple(
-        ChunkRow(
-            tensor=tensor,
-            start=start,
-            distances=tuple(distances),
-            unchanged=tuple(unchanged),
-            checksums=tuple(checksums),
-        )
-        for tensor, start, distances, unchanged, checksums in zip(*columns, strict=True)
-    )
+    for part in read_arrays(store, measured_path(file), _ROW):
+        for tensor, start, distances, unchanged, checksums in zip(*(part[name] for name in _ROW), strict=True):
+            yield ChunkRow(
+                tensor=int(tensor), start=int(start), distances=distances, unchanged=unchanged, checksums=checksums
+            )
+
+
+def load_rows(store: Store, file: str) -> tuple[ChunkRow, ...]:
+    """Return the saved statistics of one output file; raises as `read_rows` does."""
+    return tuple(read_rows(store, file))
+
+
+def load_checksums(store: Store, file: str) -> dict[tuple[int, int], np.ndarray]:
+    """Return, by tensor and start, the hashes (I, int64) of a file's chunks, without reading their distances.
+
+    Raises:
+        VerificationError: The file is damaged.
+    """
+    return {
+        (int(tensor), int(start)): checksums
+        for part in read_arrays(store, measured_path(file), ("tensor", "start", "checksums"))
+        for tensor, start, checksums in zip(part["tensor"], part["start"], part["checksums"], strict=True)
+    }
 
 
 def finished(store: Store, folder: str, suffix: str) -> frozenset[str]:
@@ -126,33 +168,62 @@ def finished(store: Store, folder: str, suffix: str) -> frozenset[str]:
     )
 
 
-def group_sums(plan: Plan, rows: Sequence[ChunkRow]) -> dict[int, np.ndarray]:
-    """Return, by group, the exact sums of the rows' distances as limbs: to be added up over files in any order.
+class GroupSums:
+    """The exact sums of rows' distances by group, from rows that need not be in memory together.
+
+    Args:
+        plan: The plan.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._sums: dict[int, ExactSum] = {}
+        self._waiting: dict[int, list[np.ndarray]] = {}
+        self._waiting_bytes = 0
+
+    def add(self, row: ChunkRow) -> None:
+        """Add a chunk's distances; those of a tensor that is only copied count for nothing."""
+        group = self._plan.tensors[row.tensor].group
+        if group < 0:
+            return
+        self._waiting.setdefault(group, []).append(row.distances)
+        self._waiting_bytes += row.distances.nbytes
+        if self._waiting_bytes > _SUMMED_BYTES:
+            self._add_waiting()
+
+    def totals(self) -> dict[int, ExactSum]:
+        """Return the sums by group: to be merged over files in any order."""
+        self._add_waiting()
+        return self._sums
+
+    def _add_waiting(self) -> None:
+        for group, rows in self._waiting.items():
+            self._sums.setdefault(group, ExactSum(len(rows[0]))).add(rows)
+        self._waiting = {}
+        self._waiting_bytes = 0
+
+
+def group_sums(plan: Plan, rows: Iterable[ChunkRow]) -> dict[int, ExactSum]:
+    """Return, by group, the exact sums of the rows' distances: to be merged over files in any order.
 
     Args:
         plan: The plan.
         rows: Statistics of some chunks.
     """
-    by_group: dict[int, list[tuple[float, ...]]] = {}
+    sums = GroupSums(plan)
     for row in rows:
-        group = plan.tensors[row.tensor].group
-        if group >= 0:
-            by_group.setdefault(group, []).append(row.distances)
-    sums = {}
-    for group, distances in by_group.items():
-        total = ExactSum(len(distances[0]))
-        total.add(np.array(distances))
-        sums[group] = total.to_limbs()
-    return sums
+        sums.add(row)
+    return sums.totals()
 
 
-def triangle(matrix_PP: np.ndarray) -> tuple[float, ...]:
+def triangle(matrix_PP: np.ndarray) -> np.ndarray:
     """Return the upper triangle of a symmetric matrix, row by row."""
-    return tuple(matrix_PP[np.triu_indices(len(matrix_PP), k=1)].tolist())
+    return np.asarray(matrix_PP[np.triu(np.ones(matrix_PP.shape, dtype=bool), k=1)])
 
 
-def square(values: Sequence[float] | float, points: int) -> np.ndarray:
+def square(values: np.ndarray | Sequence[float] | float, points: int) -> np.ndarray:
     """Return the symmetric matrix (points × points, float64, zero diagonal) of an upper triangle, or of one number."""
     matrix_PP = np.zeros((points, points))
-    matrix_PP[np.triu_indices(points, k=1)] = values
-    return matrix_PP + matrix_PP.T
+    matrix_PP[np.triu(np.ones((points, points), dtype=bool), k=1)] = values
+    matrix_PP += matrix_PP.T
+    return matrix_PP

@@ -6,14 +6,16 @@ P points (base first where there is one), N models.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from pipeline.engine.run_folder import square, triangle
 from pipeline.errors import CheckpointError, Problem
 from pipeline.methods.base import GramMethod
 from pipeline.numerics.geometric_median import Iteration, MedianSolution
@@ -21,17 +23,21 @@ from pipeline.planning.plan import Plan
 
 # At this ratio the near models' distances keep eight digits of the far one's pull.
 _FAR = 1e8
+# Tables of pairs for people to read: a thousand models have half a million pairs, which only programs read.
+TABLE_MODELS = 64
+# The name of packed distances says how to unpack them.
+_PACKED = "upper_triangle_float64_little_endian_base64"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Solution:
-    """A solved group.
+    """A solved group; equal to another of the same numbers.
 
     Attributes:
         factors: P factors of the points in what is written: λcᵢ, and 1 − λ for the base.
         scale: λ.
         median: Coefficients and certificate; None for a method that measures nothing.
-        distances: P × P squared distances, as nested lists; empty when nothing was measured.
+        distances: (P, P) float64 squared distances, symmetric; of no elements when nothing was measured.
     """
 
     group: int
@@ -39,11 +45,24 @@ class Solution:
     coefficients: tuple[float, ...]
     scale: float
     median: MedianSolution | None
-    distances: tuple[tuple[float, ...], ...]
+    distances: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Solution):
+            return NotImplemented
+        mine, theirs = ((one.group, one.factors, one.coefficients, one.scale, one.median) for one in (self, other))
+        return mine == theirs and np.array_equal(self.distances, other.distances)
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON-ready data."""
-        return dataclasses.asdict(self)
+        return {
+            "group": self.group,
+            "factors": self.factors,
+            "coefficients": self.coefficients,
+            "scale": self.scale,
+            "median": None if self.median is None else dataclasses.asdict(self.median),
+            "distances": _distances_to_json(self.distances),
+        }
 
 
 def fixed_solution(plan: Plan, group: int) -> Solution:
@@ -55,7 +74,6 @@ def fixed_solution(plan: Plan, group: int) -> Solution:
         coefficients=coefficients,
         scale=1.0,
         median=None,
-        distances=(),
     )
 
 
@@ -89,7 +107,7 @@ def refuse_far(plan: Plan, group: int, distances_PP: np.ndarray) -> None:
         radii.append(float(row[order[min(reached, len(row) - 1)]]))
     centre = int(np.argmin(radii))
     spread = radii[centre]
-    far = [index for index, value in enumerate(models_NN[centre]) if spread > 0 and value > _FAR**2 * spread]
+    far = np.flatnonzero(models_NN[centre] > _FAR**2 * spread).tolist() if spread > 0 else []
     if far:
         raise CheckpointError(
             *(
@@ -116,37 +134,37 @@ def with_median(plan: Plan, group: int, distances_PP: np.ndarray, median: Median
         coefficients=median.coefficients,
         scale=scale,
         median=median,
-        distances=tuple(tuple(row) for row in distances_PP.tolist()),
+        distances=distances_PP,
     )
 
 
 def geometry(plan: Plan, solution: Solution) -> tuple[list[float] | None, list[list[float | None]] | None]:
     """Return the task vectors' norms (N) and cosines (N × N), None without a base.
 
-    A cosine with a vector of length 0 is None.
+    A cosine with a vector of length 0 is None. There are no cosines of more than `TABLE_MODELS` models.
     """
-    if not plan.offset or not solution.distances:
+    if not plan.offset or not solution.distances.size:
         return None, None
-    distances_PP = np.array(solution.distances)
+    distances_PP = solution.distances
     squared_N = distances_PP[0, 1:]
-    gram_NN = 0.5 * (squared_N[:, None] + squared_N[None, :] - distances_PP[1:, 1:])
     norms_N = np.sqrt(squared_N)
+    if len(norms_N) > TABLE_MODELS:
+        return norms_N.tolist(), None
+    gram_NN = 0.5 * (squared_N[:, None] + squared_N[None, :] - distances_PP[1:, 1:])
     products_NN = np.outer(norms_N, norms_N)
-    cosines: list[list[float | None]] = [
-        [
-            1.0 if i == j and products_NN[i, j] > 0
-            else float(np.clip(gram_NN[i, j] / products_NN[i, j], -1, 1)) if products_NN[i, j] > 0
-            else None
-            for j in range(len(norms_N))
-        ]
-        for i in range(len(norms_N))
-    ]  # fmt: skip
-    return norms_N.tolist(), cosines
+    # One length of zero, or two that are so small that their product is.
+    directed_NN = products_NN > 0
+    cosines_NN = np.clip(np.divide(gram_NN, products_NN, out=np.zeros_like(gram_NN), where=directed_NN), -1.0, 1.0)
+    np.fill_diagonal(cosines_NN, 1.0)
+    return norms_N.tolist(), [
+        [cosine if directed else None for cosine, directed in zip(*row, strict=True)]
+        for row in zip(cosines_NN.tolist(), directed_NN.tolist(), strict=True)
+    ]
 
 
 def predicted_distances(solution: Solution) -> np.ndarray:
     """Return the P distances from Σ aᵢxᵢ to the points, from the table alone: r² = Da − ½aᵀDa for Σa = 1."""
-    distances_PP = np.array(solution.distances)
+    distances_PP = solution.distances
     factors_P = np.array(solution.factors)
     products_P = distances_PP @ factors_P
     distances_P: np.ndarray = np.sqrt(np.maximum(products_P - 0.5 * factors_P @ products_P, 0.0))
@@ -167,8 +185,24 @@ def solution_from_json(data: Mapping[str, Any]) -> Solution:
         coefficients=tuple(data["coefficients"]),
         scale=data["scale"],
         median=median,
-        distances=tuple(tuple(row) for row in data["distances"]),
+        distances=_distances_from_json(data["distances"]),
     )
+
+
+def _distances_to_json(distances_PP: np.ndarray) -> list[list[float]] | dict[str, Any]:
+    """Return squared distances as nested lists, or for many points as the upper triangle's bytes."""
+    points = len(distances_PP)
+    if points <= TABLE_MODELS:
+        rows: list[list[float]] = distances_PP.tolist()
+        return rows
+    return {"points": points, _PACKED: base64.b64encode(triangle(distances_PP).astype("<f8").tobytes()).decode("ascii")}
+
+
+def _distances_from_json(data: Sequence[Sequence[float]] | Mapping[str, Any]) -> np.ndarray:
+    """Return what `_distances_to_json` was given."""
+    if isinstance(data, Mapping):
+        return square(np.frombuffer(base64.b64decode(data[_PACKED]), dtype="<f8"), data["points"])
+    return np.array(data, dtype=np.float64).reshape(len(data), len(data))
 
 
 def _norm_scale(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,8 +19,8 @@ from pipeline.checkpoints.dtypes import DTYPES
 from pipeline.errors import CheckpointError, Problem, VerificationError
 from pipeline.planning.grid import Chunk
 from pipeline.planning.memory import Memory, slot_bytes
-from pipeline.planning.plan import Plan, Source
-from pipeline.planning.traffic import written_inputs
+from pipeline.planning.plan import Plan, Source, Update
+from pipeline.planning.traffic import factor_bytes, merged_inputs
 from pipeline.storage import MissingObject, ObjectStat, Store, open_store
 
 # Tensors handed to the kernels start at multiples of a cache line, whatever their dtype.
@@ -34,10 +34,34 @@ class Loaded:
     chunk: Chunk
     raw: dict[int, np.ndarray]
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all inputs."""
+        return sum(array.nbytes for array in self.raw.values())
+
     def checksum(self, index: int) -> int:
         """Return the signed 64-bit XXH3 of one input's bytes."""
-        value: int = xxhash.xxh3_64_intdigest(self.raw[index].data)
-        return value - (1 << 64) if value >= 1 << 63 else value
+        return _signed(xxhash.xxh3_64_intdigest(self.raw[index].data))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedFactors:
+    """The bytes of the factors of one tensor's updates by input index: left, and right where there is one."""
+
+    tensor: int
+    raw: dict[int, tuple[np.ndarray, ...]]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all factors."""
+        return sum(array.nbytes for arrays in self.raw.values() for array in arrays)
+
+    def checksum(self, index: int) -> int:
+        """Return the signed 64-bit XXH3 of one adapter's factors, the left one's bytes before the right one's."""
+        digest = xxhash.xxh3_64()
+        for array in self.raw[index]:
+            digest.update(array.data)
+        return _signed(digest.intdigest())
 
 
 class ChunkSource:
@@ -56,6 +80,7 @@ class ChunkSource:
             self._slots.put(np.empty(slot_bytes(plan) + _ALIGNMENT * 3 * len(plan.inputs), dtype=np.uint8))
         self._lock = threading.Lock()
         self._kept: dict[tuple[int, int], dict[int, np.ndarray]] = {}
+        self._kept_factors: dict[int, LoadedFactors] = {}
         self._room_bytes = memory.retained_bytes
         self.read_bytes = 0
         self.reused_bytes = 0
@@ -70,8 +95,9 @@ class ChunkSource:
             CheckpointError: Names every changed file.
         """
         problems = []
+        used = self._files(tensors)
         for index, (item, store) in enumerate(zip(self._plan.inputs, self._stores, strict=True)):
-            for number in sorted({self._plan.tensors[tensor].sources[index].file for tensor in tensors}):
+            for number in used[index]:
                 file = item.files[number]
                 stat = _stat(store, file.path)
                 if stat is None or (stat.size_bytes, stat.version) != (file.size_bytes, file.version):
@@ -108,7 +134,7 @@ class ChunkSource:
         slot = None
         try:
             # The base is kept only where the second read needs it.
-            keepers = [index for index in missing if keep and index in self._read_again(chunk)]
+            keepers = [index for index in missing if keep and index in merged_inputs(self._plan, chunk.tensor)]
             kept_bytes = sum(sizes[index] for index in keepers)
             kept = bool(keepers) and self._reserve(kept_bytes)
             freed_bytes += kept_bytes if kept else 0
@@ -141,7 +167,7 @@ class ChunkSource:
         chunk = loaded.chunk
         tensor = self._plan.tensors[chunk.tensor]
         for index, source in enumerate(tensor.sources):
-            if not source.copies or index not in loaded.raw:
+            if source is None or not source.copies or index not in loaded.raw:
                 continue
             width = DTYPES[source.dtype].bits // 8
             item = self._plan.inputs[index]
@@ -178,39 +204,104 @@ class ChunkSource:
                     )
                 )
 
-    def check_sums(self, loaded: Loaded, checksums: Sequence[int]) -> None:
+    def check_sums(self, loaded: Loaded, checksums: np.ndarray, factor_sums: Mapping[int, int]) -> None:
         """Raise when bytes differ from those of the first read.
 
         Args:
             loaded: The chunk as read now.
-            checksums: I hashes of the first read.
+            checksums: I hashes of the first read, as `chunk_checksums` makes them.
+            factor_sums: By input, hashes of the factors as read now.
 
         Raises:
             VerificationError: Names model, tensor and range.
         """
+        chunk = loaded.chunk
         for index in loaded.raw:
-            if loaded.checksum(index) != checksums[index]:
-                chunk, item = loaded.chunk, self._plan.inputs[index]
-                tensor = self._plan.tensors[chunk.tensor]
-                raise VerificationError(
-                    Problem(
-                        what=f"elements {chunk.start} to {chunk.stop} are not the bytes of the first read",
-                        where=f"model {item.name}, tensor {tensor.name}, "
-                        f"file {item.files[tensor.sources[index].file].path}",
-                        remedy="the source changed or was read wrongly: check disk and memory,"
-                        " then start again with --overwrite",
-                    )
-                )
+            if loaded.checksum(index) ^ factor_sums.get(index, 0) != checksums[index]:
+                what = f"elements {chunk.start} to {chunk.stop}"
+                raise self._other_bytes(what, index, chunk.tensor, self._source(chunk.tensor, index))
+        self.check_factor_sums(chunk.tensor, factor_sums, checksums, skip=tuple(loaded.raw))
+
+    def check_factor_sums(
+        self, tensor: int, factor_sums: Mapping[int, int], checksums: np.ndarray, *, skip: Sequence[int] = ()
+    ) -> None:
+        """Raise when factors differ from those of the first read.
+
+        Args:
+            tensor: Whose factors.
+            factor_sums: By input, hashes of the factors as read now.
+            checksums: I hashes of the first read.
+            skip: Inputs whose hash holds more than their factors.
+
+        Raises:
+            VerificationError: Names model and tensor.
+        """
+        for update in self._plan.tensors[tensor].updates:
+            if update.input not in skip and factor_sums[update.input] != checksums[update.input]:
+                raise self._other_bytes("its adapter's factors", update.input, tensor, update.left)
+
+    def _other_bytes(self, what: str, index: int, tensor: int, source: Source) -> VerificationError:
+        item = self._plan.inputs[index]
+        name, file = self._plan.tensors[tensor].name, item.files[source.file].path
+        return VerificationError(
+            Problem(
+                what=f"{what} are not the bytes of the first read",
+                where=f"model {item.name}, tensor {name}, file {file}",
+                remedy="the source changed or was read wrongly: check disk and memory,"
+                " then start again with --overwrite",
+            )
+        )
+
+    def factors(self, tensor: int, *, keep: bool = False, drop: bool = False) -> LoadedFactors:
+        """Return the factors of all updates of a tensor.
+
+        Args:
+            tensor: Its index.
+            keep: Keep the bytes for a later call if there is room.
+            drop: Forget what was kept.
+        """
+        with self._lock:
+            found = self._kept_factors.pop(tensor, None) if drop else self._kept_factors.get(tensor)
+            if found is not None:
+                self.reused_bytes += found.nbytes
+                self._room_bytes += found.nbytes if drop else 0
+                return found
+        planned = self._plan.tensors[tensor]
+        raw = {}
+        for update in planned.updates:
+            sides = [(update.left, planned.rows * update.rank), (update.right, planned.columns * update.rank)]
+            raw[update.input] = tuple(
+                self._read_factor(update, source, elements) for source, elements in sides if source is not None
+            )
+        loaded = LoadedFactors(tensor=tensor, raw=raw)
+        if keep and self._reserve(factor_bytes(planned)):
+            with self._lock:
+                self._kept_factors[tensor] = loaded
+        return loaded
+
+    def _read_factor(self, update: Update, source: Source, elements: int) -> np.ndarray:
+        array = np.empty(elements * (DTYPES[source.dtype].bits // 8), dtype=np.uint8)
+        file = self._plan.inputs[update.input].files[source.file]
+        self._stores[update.input].read_into(file.path, source.start, array.data)
+        with self._lock:
+            self.read_bytes += array.nbytes
+        return array
+
+    def count_reused(self, size_bytes: int) -> None:
+        """Note that a lease served a second read too."""
+        with self._lock:
+            self.reused_bytes += size_bytes
 
     def close(self) -> None:
         """Release buffers and files."""
         self._kept.clear()
+        self._kept_factors.clear()
         for store in self._stores:
             store.close()
 
     def _range(self, chunk: Chunk, index: int) -> tuple[Source, int, int]:
         """Return the source of a chunk in one input, its absolute byte offset and its length."""
-        source = self._plan.tensors[chunk.tensor].sources[index]
+        source = self._source(chunk.tensor, index)
         width = DTYPES[source.dtype].bits // 8
         return source, source.start + chunk.start * width, chunk.elements * width
 
@@ -220,10 +311,24 @@ class ChunkSource:
         with self._lock:
             self.read_bytes += array.nbytes
 
-    def _read_again(self, chunk: Chunk) -> tuple[int, ...]:
-        """Return the inputs of which a second read of the chunk is needed."""
-        copied = self._plan.tensors[chunk.tensor].group < 0
-        return tuple(range(len(self._plan.inputs))) if copied else written_inputs(self._plan)
+    def _source(self, tensor: int, index: int) -> Source:
+        """Return where an input holds a tensor whole."""
+        source = self._plan.tensors[tensor].sources[index]
+        if source is None:
+            raise ValueError(f"input {index} does not hold tensor {self._plan.tensors[tensor].name} whole")
+        return source
+
+    def _files(self, tensors: Sequence[int]) -> list[list[int]]:
+        """Return, by input, the numbers of the files that hold anything of these tensors."""
+        used: list[set[int]] = [set() for _ in self._plan.inputs]
+        for planned in (self._plan.tensors[tensor] for tensor in tensors):
+            for index in planned.holders:
+                used[index].add(planned.sources[index].file)  # type: ignore[union-attr]
+            for update in planned.updates:
+                used[update.input].add(update.left.file)
+                if update.right is not None:
+                    used[update.input].add(update.right.file)
+        return [sorted(numbers) for numbers in used]
 
     def _reserve(self, size_bytes: int) -> bool:
         """Return whether there is room to keep that much, and take it."""
@@ -239,6 +344,11 @@ def _stat(store: Store, path: str) -> ObjectStat | None:
         return store.stat(path)
     except MissingObject:
         return None
+
+
+def _signed(value: int) -> int:
+    """Return an unsigned 64-bit number as the signed one of the same bits, which is what tables hold."""
+    return value - (1 << 64) if value >= 1 << 63 else value
 
 
 def _carve(slot: np.ndarray, sizes: dict[int, int]) -> dict[int, np.ndarray]:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.engine.output import is_written
-from pipeline.engine.run_folder import INDEX, MEASURED, PLAN, SOLUTIONS, WRITTEN, finished, read_json
+from pipeline.engine.output import is_committed, is_written
+from pipeline.engine.run_folder import MEASURED, PLAN, SOLUTIONS, WRITTEN, finished, read_json
 from pipeline.errors import OutputError, Problem
 from pipeline.storage import Store
 
@@ -35,7 +35,7 @@ def status(output: Store) -> dict[str, Any]:
     measured = finished(output, MEASURED, ".parquet")
     written = frozenset(name for name in finished(output, WRITTEN, ".json") if is_written(output, name))
     solved = output.exists(SOLUTIONS)
-    if output.exists(INDEX):
+    if is_committed(output, plan):
         # A committed output that lost a file since: the same merge writes it anew.
         state = "committed" if written >= sizes.keys() else "damaged"
     elif written:

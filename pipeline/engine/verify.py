@@ -13,8 +13,8 @@ import torch
 
 from pipeline.checkpoints.checkpoint import open_checkpoint
 from pipeline.checkpoints.header import TensorEntry, read_header
-from pipeline.engine.output import missing_side_files
-from pipeline.engine.run_folder import INDEX, PLAN, REPORT, read_json
+from pipeline.engine.output import is_committed, missing_side_files
+from pipeline.engine.run_folder import PLAN, REPORT, read_json
 from pipeline.errors import OutputError, PipelineError, Problem, VerificationError
 from pipeline.numerics.dtypes import is_mergeable, torch_dtype
 from pipeline.storage import Store
@@ -37,7 +37,7 @@ def verify(output: Store) -> dict[str, Any]:
         VerificationError: Everything that is not as it must be.
     """
     report, plan = read_json(output, REPORT), read_json(output, PLAN)
-    if report is None or plan is None or not output.exists(INDEX):
+    if report is None or plan is None or not is_committed(output, plan):
         state = "an unfinished merge" if plan is not None else "no merge"
         raise OutputError(
             Problem(
@@ -72,14 +72,18 @@ def verify(output: Store) -> dict[str, Any]:
 
 def _name_problems(plan: Mapping[str, Any], found: Mapping[str, TensorEntry]) -> Iterator[Problem]:
     """Yield tensors that are missing, extra, or of another shape or dtype than planned from the base."""
-    wanted = {tensor["name"]: tensor for tensor in plan["tensors"]}
-    for name, tensor in wanted.items():
+    wanted = {
+        stored["name"]: (list(stored["shape"]), tensor["dtype"])
+        for tensor in plan["tensors"]
+        for stored in tensor["stored"] or (tensor,)
+    }
+    for name, (shape, dtype) in wanted.items():
         entry = found.get(name)
         if entry is None:
             yield Problem(what="is missing", where=f"tensor {name}")
-        elif list(entry.shape) != list(tensor["shape"]) or entry.dtype != tensor["dtype"]:
+        elif list(entry.shape) != shape or entry.dtype != dtype:
             yield Problem(
-                what=f"is {entry.dtype} {list(entry.shape)}, but was planned as {tensor['dtype']} {tensor['shape']}",
+                what=f"is {entry.dtype} {list(entry.shape)}, but was planned as {dtype} {shape}",
                 where=f"tensor {name}",
             )
     for name in found:

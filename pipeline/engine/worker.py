@@ -11,25 +11,28 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from itertools import groupby
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from pipeline.checkpoints.writer import SafetensorsWriter
-from pipeline.engine.chunk_math import as_cast, measure_chunk, non_finite_remedy, probe_chunk, write_chunk
-from pipeline.engine.run_folder import ChunkRow, group_sums, load_rows, save_rows, square, write_json, written_path
+from pipeline.engine.chunk_math import MergedChunk, non_finite_error
+from pipeline.engine.chunk_tasks import Checksums, ChunkTasks
+from pipeline.engine.run_folder import ChunkRow, GroupSums, RowsWriter, load_checksums, square, write_json, written_path
 from pipeline.engine.solutions import Solution, solve_group
-from pipeline.engine.source import ChunkSource, Loaded
-from pipeline.errors import CheckpointError, PipelineError, Problem, WorkerError
+from pipeline.engine.source import ChunkSource
+from pipeline.engine.updates import TensorCache
+from pipeline.errors import Problem, WorkerError
 from pipeline.methods import registry
 from pipeline.numerics.exact_sum import ExactSum, exact_column_sums
-from pipeline.planning.grid import Chunk, chunks_of
+from pipeline.planning.grid import Chunk
 from pipeline.planning.memory import Memory
 from pipeline.planning.plan import Plan
-from pipeline.planning.traffic import probed_inputs, written_inputs
 from pipeline.storage import open_store
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -52,6 +55,7 @@ class WrittenFile:
         squared_rounding: By group, the sum over this file of ‖written − exact‖².
         replaced: By point, how many values were not finite and taken from the base.
         solutions: The groups that were solved here (a fused file).
+        discarded: By tensor that is stored as factors, the share of the squared norm that their truncation cut off.
     """
 
     file: int
@@ -62,6 +66,15 @@ class WrittenFile:
     squared_rounding: Mapping[int, float]
     replaced: tuple[int, ...]
     solutions: tuple[Solution, ...]
+    discarded: Mapping[int, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _DoneRun:
+    """Consecutive tensors of one group: their solution, and their chunks in order."""
+
+    solution: Solution | None
+    merged: Iterator[MergedChunk]
 
 
 class ShardWorker:
@@ -77,24 +90,32 @@ class ShardWorker:
         self._device = torch.device(job.device)
         self._output = open_store(job.output_url)
         self._source = ChunkSource(job.plan, job.memory)
+        self._tasks = ChunkTasks(job.plan, self._source, self._device)
         self._pool = ThreadPoolExecutor(job.memory.window, thread_name_prefix="chunk")
         self._stopped = threading.Event()
-        self._lock = threading.Lock()
-        self.done_bytes = 0
 
-    def measure(self, file: int) -> dict[int, np.ndarray]:
-        """Read one file's chunks, save their statistics and return the groups' exact sums of distances, as limbs.
+    @property
+    def done_bytes(self) -> int:
+        """The input bytes done so far, for progress."""
+        return self._tasks.done_bytes
+
+    def measure(self, file: int) -> dict[int, ExactSum]:
+        """Read one file's chunks, save their statistics and return the groups' exact sums of distances.
 
         Raises:
             CheckpointError: A model is not finite, integers disagree, a source changed.
         """
         tensors = self._plan.files[file].tensors
         self._source.check_versions(tensors)
-        rows = tuple(self._measured(self._plan.chunks(file)))
-        # Again, so that no file was replaced while it was read.
-        self._source.check_versions(tensors)
-        save_rows(self._output, self._plan.files[file].name, rows, self._plan.fingerprint)
-        return group_sums(self._plan, rows)
+        sums = GroupSums(self._plan)
+        with RowsWriter(self._output, self._plan.files[file].name, self._plan.fingerprint) as saved:
+            for row in self.measured([c for t in tensors for c in self._plan.measured_chunks(t)]):
+                sums.add(row)
+                saved.add(row)
+            # Again, so that no file was replaced while it was read.
+            self._source.check_versions(tensors)
+            saved.finish()
+        return sums.totals()
 
     def probe(self, requests: Mapping[int, np.ndarray], files: Sequence[int]) -> dict[int, np.ndarray]:
         """Return exact partial sums of distances to given combinations, over some files.
@@ -106,17 +127,18 @@ class ShardWorker:
         Returns:
             By group, the limbs of Q·N squared distances followed by Q·Q products.
         """
+        plan = self._plan
         totals: dict[int, ExactSum] = {}
-        inputs = probed_inputs(self._plan)
+        cache = TensorCache(self._tasks.read)
         for file in files:
-            self._source.check_versions(self._plan.files[file].tensors)
-            chunks = [c for c in self._plan.chunks(file) if self._plan.tensors[c.tensor].group in requests]
+            tensors = plan.files[file].tensors
+            self._source.check_versions(tensors)
+            chunks = [c for t in tensors if plan.tensors[t].group in requests for c in plan.measured_chunks(t)]
 
             def task(chunk: Chunk) -> tuple[int, np.ndarray]:
-                group = self._plan.tensors[chunk.tensor].group
-                with self._source.lease(chunk, inputs, keep=True) as loaded:
-                    self._advance(loaded)
-                    return group, probe_chunk(self._plan, loaded, requests[group], self._device)
+                group = plan.tensors[chunk.tensor].group
+                with cache.lease(chunk.tensor) as prepared:
+                    return group, self._tasks.probe(chunk, prepared, requests[group])
 
             for group, sums in self._in_order(task, chunks):
                 totals.setdefault(group, ExactSum(len(sums))).add(sums)
@@ -139,32 +161,32 @@ class ShardWorker:
         fused = layout.fused and not all(
             plan.tensors[t].group in found for t in layout.tensors if plan.tensors[t].group >= 0
         )
-        rows = {} if fused or not plan.settings.measured else self._saved_rows(file)
         partial: dict[int, list[tuple[float, ...]]] = {}
-        all_rows: list[ChunkRow] = []
-        header = [(plan.tensors[t].name, plan.tensors[t].dtype, plan.tensors[t].shape) for t in layout.tensors]
+        saved = RowsWriter(self._output, layout.name, plan.fingerprint)
+        discarded: dict[int, float] = {}
+        header = [(e.name, plan.tensors[t].dtype, e.shape) for t in layout.tensors for e in plan.tensors[t].entries]
         writer = SafetensorsWriter(self._output.open_writer(layout.name), header, {"format": "pt"})
+        chunks = iter(plan.chunks(file))
         try:
-            for run in self._runs(layout.tensors):
-                chunks = [c for t in run for c in chunks_of(t, plan.tensors[t].elements, plan.chunk_elements)]
-                group = plan.tensors[run[0]].group
-                if fused:
-                    new = tuple(self._measured(chunks))
-                    rows = {(row.tensor, row.start): row for row in new}
-                    all_rows += new
-                    if group >= 0:
-                        found[group] = self._solve(group, new)
-                for data, sums in self._merged(chunks, found.get(group), rows):
-                    writer.write(data)
-                    if group >= 0:
-                        partial.setdefault(group, []).append(sums)
+            runs = self._fused_runs(layout.tensors, found, saved) if fused else self._solved_runs(file, found)
+            for run in runs:
+                if run.solution is not None:
+                    found[run.solution.group] = run.solution
+                for merged in run.merged:
+                    writer.write(merged.data)
+                    tensor = next(chunks).tensor
+                    if merged.sums:
+                        partial.setdefault(plan.tensors[tensor].group, []).append(merged.sums)
+                    if merged.discarded is not None:
+                        discarded[tensor] = merged.discarded
             self._source.check_versions(layout.tensors)
             written = writer.finish()
+            if fused:
+                saved.finish()
         except BaseException:
             writer.abort()
+            saved.abort()
             raise
-        if fused:
-            save_rows(self._output, layout.name, all_rows, plan.fingerprint)
         points = len(plan.points)
         sums_of = {group: exact_column_sums(np.array(values)) for group, values in partial.items()}
         result = WrittenFile(
@@ -177,6 +199,7 @@ class ShardWorker:
             replaced=tuple(int(sum(sums[points + 1 + row] for sums in sums_of.values())) for row in range(points)),
             # Not only the groups in `sums_of`: one without elements has a solution too.
             solutions=tuple(found[group] for group in sorted(found) if group not in solutions) if fused else (),
+            discarded=discarded,
         )
         write_json(self._output, written_path(layout.name), marker(result))
         return result
@@ -196,20 +219,14 @@ class ShardWorker:
         self._source.close()
         self._output.close()
 
-    def _measured(self, chunks: Sequence[Chunk]) -> Iterator[ChunkRow]:
+    def measured(self, chunks: Sequence[Chunk]) -> Iterator[ChunkRow]:
         """Yield the statistics of chunks in order; raise after the last one if any model is not finite."""
         bad: dict[tuple[int, int], int] = {}
+        cache = TensorCache(self._tasks.read)
 
         def task(chunk: Chunk) -> tuple[ChunkRow, dict[int, int]]:
-            copied = self._plan.tensors[chunk.tensor].group < 0
-            inputs = range(len(self._plan.inputs)) if copied else self._plan.points
-            with self._source.lease(chunk, inputs, keep=True) as loaded:
-                self._source.check_copies(loaded)
-                if copied:
-                    self._source.check_agreement(loaded)
-                row = measure_chunk(self._plan, loaded, self._device)
-                self._advance(loaded)
-                return row
+            with cache.lease(chunk.tensor) as prepared:
+                return self._tasks.measure(chunk, prepared)
 
         for row, counts in self._in_order(task, chunks):
             for index, count in counts.items():
@@ -218,36 +235,89 @@ class ShardWorker:
         if bad:
             raise non_finite_error(self._plan, bad)
 
-    def _merged(
-        self, chunks: Sequence[Chunk], solution: Solution | None, rows: Mapping[tuple[int, int], ChunkRow]
-    ) -> Iterator[tuple[memoryview, tuple[float, ...]]]:
-        """Yield the output bytes of chunks in order, with their P distances and rounding."""
-        plan = self._plan
+    def merged(self, chunks: Sequence[Chunk], solution: Solution | None, checksums: Checksums) -> Iterator[MergedChunk]:
+        """Yield merged chunks in order."""
+        cache = TensorCache(lambda tensor: self._tasks.read_again(tensor, solution, checksums))
 
-        def task(chunk: Chunk) -> tuple[memoryview, tuple[float, ...]]:
-            merged = solution is not None
-            inputs = written_inputs(plan) if merged else (plan.donor, *range(len(plan.inputs)))
-            with self._source.lease(chunk, inputs, drop=True) as loaded:
-                if plan.settings.measured:
-                    self._source.check_sums(loaded, rows[chunk.tensor, chunk.start].checksums)
-                else:
-                    self._source.check_copies(loaded)
-                if not merged:
-                    self._source.check_agreement(loaded)
-                self._advance(loaded)
-                return write_chunk(plan, loaded, solution, self._device)
+        def task(chunk: Chunk) -> MergedChunk:
+            with cache.lease(chunk.tensor) as prepared:
+                return self._tasks.merge(chunk, solution, checksums, prepared)
 
         yield from self._in_order(task, chunks)
 
-    def _solve(self, group: int, rows: Sequence[ChunkRow]) -> Solution:
-        method = registry()[self._plan.settings.method]
-        points = len(self._plan.points)
-        # Tensors without elements have no chunks: all their distances are 0.
-        sums = exact_column_sums(np.array([row.distances for row in rows])).tolist() if rows else 0.0
-        return solve_group(self._plan, method, group, square(sums, points))  # type: ignore[arg-type]
+    def _solved_runs(self, file: int, found: Mapping[int, Solution]) -> Iterator[_DoneRun]:
+        """Merge consecutive tensors of one group at a time; all groups are solved, and what is measured was saved."""
+        plan = self._plan
+        checksums = load_checksums(self._output, plan.files[file].name) if plan.settings.measured else {}
+        for run in self._runs(plan.files[file].tensors):
+            solution = found.get(plan.tensors[run[0]].group)
+            chunks = [chunk for tensor in run for chunk in plan.written_chunks(tensor)]
+            yield _DoneRun(solution=solution, merged=self.merged(chunks, solution, checksums))
 
-    def _saved_rows(self, file: int) -> dict[tuple[int, int], ChunkRow]:
-        return {(row.tensor, row.start): row for row in load_rows(self._output, self._plan.files[file].name)}
+    def _fused_runs(
+        self, tensors: Sequence[int], found: Mapping[int, Solution], saved: RowsWriter
+    ) -> Iterator[_DoneRun]:
+        """Measure, solve and merge consecutive tensors of one group at a time, and yield their chunks in order.
+
+        Runs of one chunk are done whole by one thread, several at a time; in others the threads share the chunks.
+        """
+        plan = self._plan
+
+        def alone(run: tuple[int, ...]) -> bool:
+            return len(run) == 1 and plan.is_one_chunk(run[0])
+
+        for single, runs in groupby(self._runs(tensors), alone):
+            if single:
+                for rows, done in self._in_order(lambda run: self._whole(run[0], found), list(runs)):
+                    for row in rows:
+                        saved.add(row)
+                    yield done
+                continue
+            for run in runs:
+                sums, checksums = GroupSums(plan), {}
+                for row in self.measured([chunk for tensor in run for chunk in plan.measured_chunks(tensor)]):
+                    saved.add(row)
+                    sums.add(row)
+                    checksums[row.tensor, row.start] = row.checksums
+                total = sums.totals().get(plan.tensors[run[0]].group)
+                solution = self._solution(run[0], total.total() if total is not None else 0.0, found)
+                chunks = [chunk for tensor in run for chunk in plan.written_chunks(tensor)]
+                yield _DoneRun(solution=solution, merged=self.merged(chunks, solution, checksums))
+
+    def _whole(self, tensor: int, found: Mapping[int, Solution]) -> tuple[list[ChunkRow], _DoneRun]:
+        """Measure, solve and merge a tensor of one chunk that is a group by itself."""
+        measured, written = self._plan.measured_chunks(tensor), self._plan.written_chunks(tensor)
+        prepared = self._tasks.read(tensor, keep=False)
+        if measured and measured == written and not self._plan.tensors[tensor].factored:
+            solved: list[Solution | None] = []
+
+            def solve(row: ChunkRow) -> Solution | None:
+                solved.append(self._solution(tensor, row.distances, found))
+                return solved[0]
+
+            row, merged = self._tasks.measure_and_merge(measured[0], prepared, solve)
+            return [row], _DoneRun(solution=solved[0], merged=iter([merged]))
+        # Of factors there is nothing to count as not finite: reading them refuses that.
+        rows = [self._tasks.measure(chunk, prepared)[0] for chunk in measured]
+        solution = self._solution(tensor, rows[0].distances if rows else 0.0, found)
+        combined = self._tasks.combined(tensor, prepared, solution, reused=True)
+        chunks = [self._tasks.merge(chunk, solution, {}, combined) for chunk in written]
+        return rows, _DoneRun(solution=solution, merged=iter(chunks))
+
+    def _solution(self, tensor: int, distances: np.ndarray | float, found: Mapping[int, Solution]) -> Solution | None:
+        """Return the solution of a tensor's group; None for tensors that are copied.
+
+        Args:
+            tensor: Any of the group.
+            distances: The group's, the upper triangle row by row; 0 where it has no elements.
+            found: Groups that were solved before.
+        """
+        plan = self._plan
+        group = plan.tensors[tensor].group
+        if group < 0 or group in found:
+            return found.get(group)
+        method: Any = registry()[plan.settings.method]
+        return solve_group(plan, method, group, square(distances, len(plan.points)))
 
     def _runs(self, tensors: Sequence[int]) -> Iterator[tuple[int, ...]]:
         """Yield consecutive tensors of one group."""
@@ -260,14 +330,14 @@ class ShardWorker:
         if run:
             yield tuple(run)
 
-    def _in_order(self, task: Callable[[Chunk], T], chunks: Sequence[Chunk]) -> Iterator[T]:
-        """Yield the results of a task over chunks in order, a window of them in flight."""
+    def _in_order(self, task: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
+        """Yield the results of a task over chunks, or small runs of them, in order, a window of them in flight."""
         pending: deque[Future[T]] = deque()
-        waiting = iter(chunks)
+        waiting = iter(items)
         try:
             while True:
-                while len(pending) < self._job.memory.window and (chunk := next(waiting, None)) is not None:
-                    pending.append(self._pool.submit(task, chunk))
+                while len(pending) < self._job.memory.window and (item := next(waiting, None)) is not None:
+                    pending.append(self._pool.submit(task, item))
                 if not pending:
                     return
                 if self._stopped.is_set():
@@ -279,10 +349,6 @@ class ShardWorker:
             for future in pending:
                 if not future.cancelled():
                     future.exception()
-
-    def _advance(self, loaded: Loaded) -> None:
-        with self._lock:
-            self.done_bytes += sum(array.nbytes for array in loaded.raw.values())
 
 
 def marker(result: WrittenFile) -> dict[str, object]:
@@ -296,23 +362,5 @@ def marker(result: WrittenFile) -> dict[str, object]:
         "squared_rounding": {str(group): value for group, value in result.squared_rounding.items()},
         "replaced": list(result.replaced),
         "solutions": [solution.to_json() for solution in result.solutions],
+        "discarded": {str(tensor): share for tensor, share in result.discarded.items()},
     }
-
-
-def non_finite_error(plan: Plan, bad: Mapping[tuple[int, int], int]) -> PipelineError:
-    """Return the error that lists every model and tensor with values that are not finite.
-
-    Args:
-        plan: The plan.
-        bad: Counts by (tensor index, input index).
-    """
-    return CheckpointError(
-        *(
-            Problem(
-                what=f"{count} of {plan.tensors[tensor].elements} values are NaN or infinite{as_cast(plan)}",
-                where=f"model {plan.inputs[index].name}, tensor {plan.tensors[tensor].name}",
-                remedy=non_finite_remedy(plan, index),
-            )
-            for (tensor, index), count in sorted(bad.items())
-        )
-    )

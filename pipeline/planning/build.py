@@ -5,68 +5,28 @@ Owns the order of the checks and the translation of the recipe's words into the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-from pipeline.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from pipeline.checkpoints.adapter import ADAPTER_FILE, Factors
+from pipeline.checkpoints.header import TensorEntry
 from pipeline.checkpoints.sidecars import has_tokenizer
-from pipeline.errors import CheckpointError, PipelineError, Problem, RecipeError
+from pipeline.errors import CheckpointError, Problem, RecipeError
 from pipeline.methods.base import Method
 from pipeline.numerics.dtypes import header_name, promote
+from pipeline.planning.adapter_output import adapter_family, refuse_sums, stored_as
+from pipeline.planning.adapters import Member, align_members
 from pipeline.planning.blocks import group_names, layer_count, layer_of
-from pipeline.planning.family import Aligned, Family, align
+from pipeline.planning.family import Aligned, Family
 from pipeline.planning.grid import chunk_elements
 from pipeline.planning.layout import lay_out
-from pipeline.planning.plan import GroupPlan, Input, Plan, Settings, Source, SourceFile, TensorPlan
+from pipeline.planning.plan import GroupPlan, Input, Plan, Settings, Source, SourceFile, Stored, TensorPlan, Update
+from pipeline.planning.sources import Sources
 from pipeline.recipe import Recipe, canonical, unused_filters
 from pipeline.recipe.values import without_credentials
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sources:
-    """The open checkpoints of a recipe: distinct inputs and who plays which part.
-
-    Attributes:
-        checkpoints: I open checkpoints, the base or else the first model first.
-        names: I names as the recipe has them.
-        base: Index of the base, or None.
-        models: N indices.
-    """
-
-    checkpoints: tuple[Checkpoint, ...]
-    names: tuple[str, ...]
-    base: int | None
-    models: tuple[int, ...]
-
-
-def open_sources(recipe: Recipe) -> Sources:
-    """Open every checkpoint that a recipe names, headers only, each once.
-
-    Raises:
-        CheckpointError: What is wrong with any of them, all together.
-        StorageError: None of the errors was about the content.
-    """
-    names: list[str] = [recipe.base_model] if recipe.base_model is not None else []
-    names += [entry.model for entry in recipe.models if entry.model not in names]
-    opened: dict[str, Checkpoint] = {}
-    errors: list[PipelineError] = []
-    for name in names:
-        try:
-            opened[name] = open_checkpoint(name)
-        except PipelineError as error:
-            errors.append(error)
-    if errors:
-        problems = [problem for error in errors for problem in error.problems]
-        raise (type(errors[0]) if len({type(error) for error in errors}) == 1 else CheckpointError)(*problems)
-    models = [names.index(entry.model) for entry in recipe.models]
-    if recipe.base_is_input:
-        models.append(0)
-    return Sources(
-        checkpoints=tuple(opened[name] for name in names),
-        names=tuple(names),
-        base=0 if recipe.base_model is not None else None,
-        models=tuple(models),
-    )
+# What the group of the tensors that no adapter touches is called.
+UNCHANGED = "unchanged"
 
 
 def build_plan(recipe: Recipe, method: Method, sources: Sources) -> Plan:
@@ -75,34 +35,33 @@ def build_plan(recipe: Recipe, method: Method, sources: Sources) -> Plan:
     Args:
         recipe: The validated recipe.
         method: The recipe's method.
-        sources: Its open checkpoints.
+        sources: Its open checkpoints and adapters.
 
     Raises:
-        CheckpointError: The checkpoints are no family.
-        RecipeError: A pattern or weight does not fit the tensors.
+        CheckpointError: The inputs are no family.
+        RecipeError: A pattern or weight does not fit the tensors, or the models cannot make an adapter.
     """
-    family = align(sources.checkpoints)
+    family = align_members(sources.members, sources.overs)
     _check_tokenizer(recipe, sources)
-    groups, group_of, weights = _groups(recipe, method, family)
-    positions = [
-        {file.path: number for number, file in enumerate(checkpoint.files)} for checkpoint in sources.checkpoints
-    ]
-    tensors = tuple(
-        TensorPlan(
-            name=aligned.name,
-            shape=aligned.shape,
-            elements=aligned.elements,
-            dtype=_output_dtype(recipe, aligned, sources),
-            group=group,
-            sources=_places(aligned, positions),
-        )
-        for aligned, group in zip(family.tensors, group_of, strict=True)
-    )
+    as_adapter = recipe.pipeline.output == "adapter"
+    if as_adapter:
+        family = adapter_family(family, sources)
     settings = _settings(recipe, method)
+    points = ((sources.base,) if sources.base is not None else ()) + sources.models
+    shared = tuple(_shared(aligned, points, sources.overs) for aligned in family.tensors)
+    groups, group_of, weights = _groups(recipe, method, family, shared)
+    if as_adapter:
+        refuse_sums(groups)
+    positions = [{file.path: number for number, file in enumerate(member.files)} for member in sources.members]
+    tensors = tuple(
+        _tensor(recipe, family, aligned, sources, positions, group=group, shared=stands)
+        for aligned, group, stands in zip(family.tensors, group_of, shared, strict=True)
+    )
+    widest = max((1 if tensor.shared is not None else len(sources.members) for tensor in tensors), default=1)
     return Plan(
         recipe=canonical(recipe),
         settings=settings,
-        inputs=tuple(_input(name, item) for name, item in zip(sources.names, sources.checkpoints, strict=True)),
+        inputs=tuple(map(_input, sources.names, sources.members, sources.overs)),
         base=sources.base,
         donor=_donor(recipe, sources),
         models=sources.models,
@@ -112,9 +71,11 @@ def build_plan(recipe: Recipe, method: Method, sources: Sources) -> Plan:
             tensors,
             file_size_bytes=recipe.pipeline.file_size_bytes,
             solve_in_file=settings.measured and settings.distances == "gram",
+            fixed=frozenset(index for index, group in enumerate(groups) if group.coefficients is not None),
+            name=ADAPTER_FILE if as_adapter else None,
         ),
         groups=groups,
-        chunk_elements=chunk_elements(len(sources.checkpoints)),
+        chunk_elements=chunk_elements(widest),
         notes=(*recipe.warnings, *family.notes, *_notes(recipe, sources)),
     )
 
@@ -130,37 +91,100 @@ def _settings(recipe: Recipe, method: Method) -> Settings:
         non_finite=pipeline.non_finite,
         cast=header_name(recipe.dtype) if recipe.dtype else None,
         measured=method.schema.uses_statistics,
+        output=pipeline.output,
+        rank=pipeline.rank,
+    )
+
+
+def _tensor(
+    recipe: Recipe,
+    family: Family,
+    aligned: Aligned,
+    sources: Sources,
+    positions: Sequence[Mapping[str, int]],
+    *,
+    group: int,
+    shared: int | None,
+) -> TensorPlan:
+    factored = shared is not None
+    stored: tuple[Stored, ...] = ()
+    merged_rank = None
+    if recipe.pipeline.output == "adapter":
+        stored, merged_rank = stored_as(aligned, family, recipe.pipeline.rank, factored=factored)
+    return TensorPlan(
+        name=aligned.name,
+        shape=aligned.reference.shape,
+        elements=aligned.reference.elements,
+        dtype=_output_dtype(recipe, aligned, sources, factors=merged_rank is not None),
+        group=group,
+        sources=_places(aligned, positions),
+        updates=tuple(_update(index, factors, positions[index]) for index, factors in aligned.updates),
+        shared=shared,
+        stored=stored,
+        merged_rank=merged_rank,
+    )
+
+
+def _shared(aligned: Aligned, points: Sequence[int], overs: Sequence[int | None]) -> int | None:
+    """Return the input whose values all points have before their updates; None where that is not so.
+
+    A family without adapters shares nothing: its models are compared as they are.
+    """
+    if not any(over is not None for over in overs) or not aligned.merged:
+        return None
+    held = {index if aligned.entries[index] is not None else overs[index] for index in points}
+    return held.pop() if len(held) == 1 else None
+
+
+def _update(index: int, factors: Factors, position: Mapping[str, int]) -> Update:
+    def place(entry: TensorEntry) -> Source:
+        return Source(file=position[entry.file], start=entry.start, dtype=entry.dtype)
+
+    return Update(
+        input=index,
+        left=place(factors.left),
+        right=place(factors.right) if factors.right is not None else None,
+        rank=factors.rank,
+        scale=factors.scale,
+        transposed=factors.transposed,
     )
 
 
 def _groups(
-    recipe: Recipe, method: Method, family: Family
+    recipe: Recipe, method: Method, family: Family, shared: Sequence[int | None]
 ) -> tuple[tuple[GroupPlan, ...], tuple[int, ...], tuple[float, ...]]:
     """Return the groups, each tensor's group index (-1: copied) and the models' weights."""
-    merged = [aligned for aligned in family.tensors if aligned.merged]
-    names = [aligned.name for aligned in merged]
+    merged = [(aligned, stands) for aligned, stands in zip(family.tensors, shared, strict=True) if aligned.merged]
+    names = [aligned.name for aligned, _ in merged]
     if not names:
         raise CheckpointError(Problem(what="the models have no float tensors: there is nothing to merge"))
     if problems := unused_filters(recipe, names):
         raise RecipeError(*problems)
     layers = layer_count(names)
+    labels: Sequence[str]
+    fixed: dict[str, tuple[float, ...] | None]
     if method.schema.uses_statistics:
         labels = group_names(names, recipe.pipeline.scope)
         weights = method.weights(recipe)  # type: ignore[attr-defined]
-        fixed: dict[str, tuple[float, ...] | None] = dict.fromkeys(labels)
+        fixed = dict.fromkeys(labels)
+        # What no adapter touches is the base's, whatever the coefficients: nothing to measure, nothing to solve.
+        idle = [stands is not None and not aligned.updates for aligned, stands in merged]
+        labels = [UNCHANGED if untouched else label for label, untouched in zip(labels, idle, strict=True)]
+        if any(idle):
+            fixed[UNCHANGED] = tuple(weight / math.fsum(weights) for weight in weights)
     else:
         per_tensor = [
             method.coefficients(recipe, tensor=name, layer=layer_of(name), layers=layers)  # type: ignore[attr-defined]
             for name in names
         ]
-        distinct = list(dict.fromkeys(per_tensor))
-        labels = tuple("model" if len(distinct) == 1 else f"weights {distinct.index(row) + 1}" for row in per_tensor)
+        distinct = {row: number for number, row in enumerate(dict.fromkeys(per_tensor))}
+        labels = ["model" if len(distinct) == 1 else f"weights {distinct[row] + 1}" for row in per_tensor]
         weights = per_tensor[0]
         fixed = dict(zip(labels, per_tensor, strict=True))
     order = {label: index for index, label in enumerate(dict.fromkeys(labels))}
     elements = [0] * len(order)
-    for label, aligned in zip(labels, merged, strict=True):
-        elements[order[label]] += aligned.elements
+    for label, (aligned, _) in zip(labels, merged, strict=True):
+        elements[order[label]] += aligned.reference.elements
     groups = tuple(
         GroupPlan(name=label, elements=elements[index], coefficients=fixed[label]) for label, index in order.items()
     )
@@ -168,15 +192,21 @@ def _groups(
     return groups, tuple(order[label_of[a.name]] if a.merged else -1 for a in family.tensors), tuple(weights)
 
 
-def _output_dtype(recipe: Recipe, aligned: Aligned, sources: Sources) -> str:
+def _output_dtype(recipe: Recipe, aligned: Aligned, sources: Sources, *, factors: bool) -> str:
     """Return what a tensor is written as: `out_dtype`, else `dtype`, else what all models' dtypes promote to."""
     if not aligned.merged:
-        return aligned.entries[0].dtype
-    word = recipe.out_dtype or recipe.dtype
-    return header_name(word) if word else promote(tuple(aligned.entries[index].dtype for index in sources.models))
+        return aligned.reference.dtype
+    if word := recipe.out_dtype or recipe.dtype:
+        return header_name(word)
+    if factors:
+        entries = [entry for _, update in aligned.updates for entry in (update.left, update.right) if entry is not None]
+    else:
+        held = [aligned.entries[index] or aligned.entries[sources.overs[index] or 0] for index in sources.models]
+        entries = [entry for entry in held if entry is not None]
+    return promote(tuple(dict.fromkeys(entry.dtype for entry in entries)))
 
 
-def _places(aligned: Aligned, positions: Sequence[Mapping[str, int]]) -> tuple[Source, ...]:
+def _places(aligned: Aligned, positions: Sequence[Mapping[str, int]]) -> tuple[Source | None, ...]:
     return tuple(
         Source(
             file=position[entry.file],
@@ -184,14 +214,16 @@ def _places(aligned: Aligned, positions: Sequence[Mapping[str, int]]) -> tuple[S
             dtype=entry.dtype,
             copies=tuple((position[copy.file], copy.start) for copy in copies),
         )
+        if entry is not None
+        else None
         for entry, copies, position in zip(aligned.entries, aligned.copies, positions, strict=True)
     )
 
 
-def _input(name: str, checkpoint: Checkpoint) -> Input:
-    files = tuple(SourceFile(path=f.path, size_bytes=f.size_bytes, version=f.version) for f in checkpoint.files)
+def _input(name: str, member: Member, over: int | None) -> Input:
+    files = tuple(SourceFile(path=f.path, size_bytes=f.size_bytes, version=f.version) for f in member.files)
     # The folder, also where one file of it was named: paths of files are relative to the store.
-    return Input(url=checkpoint.store.url, name=without_credentials(name), files=files)
+    return Input(url=member.store.url, name=without_credentials(name), files=files, over=over)
 
 
 def _donor(recipe: Recipe, sources: Sources) -> int:
@@ -204,7 +236,7 @@ def _donor(recipe: Recipe, sources: Sources) -> int:
 def _check_tokenizer(recipe: Recipe, sources: Sources) -> None:
     """Raise when the recipe asks for a tokenizer that is not there."""
     donor = _donor(recipe, sources)
-    if recipe.tokenizer_source is not None and not has_tokenizer(sources.checkpoints[donor].store):
+    if recipe.tokenizer_source is not None and not has_tokenizer(sources.members[donor].store):
         raise CheckpointError(
             Problem(
                 what="has no tokenizer files, although tokenizer_source names it",
@@ -217,11 +249,14 @@ def _check_tokenizer(recipe: Recipe, sources: Sources) -> None:
 def _notes(recipe: Recipe, sources: Sources) -> list[str]:
     """Return what is legal but worth saying."""
     notes = []
-    donor = sources.checkpoints[_donor(recipe, sources)]
-    if recipe.tokenizer_source is None and not has_tokenizer(donor.store):
-        notes.append(f"{donor.url} has no tokenizer files, so the output has none")
-    if not donor.config:
-        notes.append(f"{donor.url} has no config.json, so the output has none and transformers cannot load it as it is")
+    if recipe.pipeline.output == "model":
+        donor = sources.donors(_donor(recipe, sources))[0]
+        if recipe.tokenizer_source is None and not has_tokenizer(donor.store):
+            notes.append(f"{donor.url} has no tokenizer files, so the output has none")
+        if not donor.config:
+            notes.append(
+                f"{donor.url} has no config.json, so the output has none and transformers cannot load it as it is"
+            )
     if len(sources.models) == 1:
         notes.append("one model only: the result is that model")
     if sources.base is None:

@@ -95,7 +95,7 @@ def adapter_problems(checkpoint: Checkpoint) -> list[Problem]:
         Problem(
             what=f"is an adapter, or has one inside: it stores {factors[0]}",
             where=f"model {checkpoint.url}",
-            remedy="merge it into its base first (peft: merge_and_unload), and list the result",
+            remedy="name the folder with its adapter_config.json, or merge it into its base (peft: merge_and_unload)",
         )
     ]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pipeline.planning.memory import Memory
 from pipeline.planning.plan import Plan
-from pipeline.planning.traffic import alias_bytes, input_bytes, written_inputs
+from pipeline.planning.traffic import alias_bytes, kept_bytes, measured_bytes, merged_bytes, one_read_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,12 +58,12 @@ def project_cost(plan: Plan, memory: Memory, *, workers: int, rates: Rates | Non
         workers: How many there are.
         rates: Bytes a second, or None.
     """
-    everywhere = tuple(range(len(plan.inputs)))
-    copied = sum(input_bytes(tensor, everywhere) for tensor in plan.tensors if tensor.group < 0)
-    merged = [tensor for tensor in plan.tensors if tensor.group >= 0]
+    tensors = range(len(plan.tensors))
+    copied = sum(merged_bytes(plan, index) for index in tensors if plan.tensors[index].group < 0)
+    merged = [index for index in tensors if plan.tensors[index].group >= 0]
     aliases = sum(alias_bytes(tensor) for tensor in plan.tensors)
-    second = sum(input_bytes(tensor, written_inputs(plan)) for tensor in merged)
-    first = sum(input_bytes(tensor, plan.points) for tensor in merged) if plan.settings.measured else 0
+    second = sum(merged_bytes(plan, index) for index in merged)
+    first = sum(measured_bytes(plan, index) for index in merged) if plan.settings.measured else 0
     kept = _kept_bytes(plan, memory, workers) if plan.settings.measured else 0
     measure_bytes = first + aliases + copied if plan.settings.measured else 0
     reread_bytes = second + copied - kept + (0 if plan.settings.measured else aliases)
@@ -76,7 +76,7 @@ def project_cost(plan: Plan, memory: Memory, *, workers: int, rates: Rates | Non
         measure_bytes=measure_bytes,
         reread_bytes=reread_bytes,
         written_bytes=sum(file.size_bytes for file in plan.files),
-        passes=round((measure_bytes + reread_bytes) / max(1, measure_bytes or reread_bytes), 3),
+        passes=round((measure_bytes + reread_bytes) / max(1, one_read_bytes(plan)), 3),
         seconds=seconds,
     )
 
@@ -84,18 +84,20 @@ def project_cost(plan: Plan, memory: Memory, *, workers: int, rates: Rates | Non
 def _kept_bytes(plan: Plan, memory: Memory, workers: int) -> int:
     """Return how much of the second read is served from memory.
 
-    Of a fused file each group has a worker's room to itself; all other files of a worker share it.
+    Of a fused file each group has a worker's room to itself, and one of a single chunk needs none; all other files of a
+    worker share it.
     """
     fused: dict[int, int] = {}
-    shared = 0
+    shared = alone = 0
     for file in plan.files:
         for index in file.tensors:
             tensor = plan.tensors[index]
-            inputs = written_inputs(plan) if tensor.group >= 0 else tuple(range(len(plan.inputs)))
-            size = input_bytes(tensor, inputs)
-            if file.fused:
+            size = kept_bytes(plan, index)
+            if file.fused and plan.is_one_chunk(index):
+                alone += size
+            elif file.fused:
                 fused[tensor.group] = fused.get(tensor.group, 0) + size
             else:
                 shared += size
-    alone = sum(min(size, memory.retained_bytes) for size in fused.values())
+    alone += sum(min(size, memory.retained_bytes) for size in fused.values())
     return alone + min(shared, memory.retained_bytes * workers)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pipeline.checkpoints.adapter import Factors
+from pipeline.checkpoints.adapter_fit import Correction
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.dtypes import DTYPES
 from pipeline.checkpoints.header import TensorEntry
@@ -23,41 +25,50 @@ _SHOWN = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Aligned:
-    """One tensor in every checkpoint.
+    """One tensor in every input.
 
     Attributes:
         name: Its name, the same everywhere.
-        entries: I header entries.
+        entries: I header entries; None where an adapter does not replace the tensor.
         copies: I lists of entries of further, tied copies that must hold the same bytes.
         merged: False for integer and boolean tensors, which are copied.
+        updates: Input index and factors of every adapter that adds to it.
     """
 
     name: str
-    entries: tuple[TensorEntry, ...]
+    entries: tuple[TensorEntry | None, ...]
     copies: tuple[tuple[TensorEntry, ...], ...]
     merged: bool
+    updates: tuple[tuple[int, Factors], ...] = ()
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The common shape."""
-        return self.entries[0].shape
-
-    @property
-    def elements(self) -> int:
-        """Number of elements."""
-        return self.entries[0].elements
+    def reference(self) -> TensorEntry:
+        """The first input's entry: a checkpoint's, never an adapter's."""
+        first = self.entries[0]
+        if first is None:
+            raise ValueError(f"the reference does not hold {self.name}")
+        return first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """The aligned tensors of a family, in the reference's order, and what should be said about it."""
+    """The tensors of a family.
+
+    Attributes:
+        tensors: Aligned, in the reference's order.
+        aliases: Tied copy -> the tensor that it is a copy of.
+        correction: How the first adapter's names became the base's; None without adapters.
+        notes: What should be said about the family.
+    """
 
     tensors: tuple[Aligned, ...]
+    aliases: Mapping[str, str]
     notes: tuple[str, ...]
+    correction: Correction | None = None
 
 
 def align(checkpoints: Sequence[Checkpoint]) -> Family:
-    """Return the tensors that all checkpoints share, which must be all tensors.
+    """Return the tensors that all full checkpoints share, which must be all tensors.
 
     Args:
         checkpoints: I open checkpoints; the first is the reference (the base, or the first model).
@@ -81,19 +92,19 @@ def align(checkpoints: Sequence[Checkpoint]) -> Family:
     problems += config_problems
     if problems:
         raise CheckpointError(*problems)
-    stored = [_by_name(checkpoint, aliases) for checkpoint in checkpoints]
+    stored = [_by_name(checkpoint.tensors, aliases) for checkpoint in checkpoints]
     tensors = tuple(_aligned(name, [entries[name] for entries in stored]) for name in stored[0])
     notes = [*notes, *(f"{alias} is tied to {source} and written once" for alias, source in sorted(aliases.items()))]
-    return Family(tensors=tensors, notes=tuple(notes))
+    return Family(tensors=tensors, aliases=aliases, notes=tuple(notes))
 
 
-def _by_name(checkpoint: Checkpoint, aliases: Mapping[str, str]) -> dict[str, list[TensorEntry]]:
+def _by_name(tensors: Mapping[str, TensorEntry], aliases: Mapping[str, str]) -> dict[str, list[TensorEntry]]:
     """Return the entries of every tensor under its source's name; of a tied pair either or both may be stored.
 
     The source's own entry comes first where it is stored.
     """
     entries: dict[str, list[TensorEntry]] = {}
-    for name, entry in checkpoint.tensors.items():
+    for name, entry in tensors.items():
         members = entries.setdefault(aliases.get(name, name), [])
         members.insert(len(members) if name in aliases else 0, entry)
     return entries
@@ -159,7 +170,7 @@ def _tie_problems(model: Checkpoint, aliases: Mapping[str, str]) -> list[Problem
             where=f"model {model.url}, tensor {copy.name}",
             remedy="store it in one type, or once; or set tie_word_embeddings to false in every config.json",
         )
-        for first, *copies in _by_name(model, aliases).values()
+        for first, *copies in _by_name(model.tensors, aliases).values()
         for copy in copies
         if (copy.shape, copy.dtype) != (first.shape, first.dtype)
     ]
@@ -168,8 +179,8 @@ def _tie_problems(model: Checkpoint, aliases: Mapping[str, str]) -> list[Problem
 def _shape_problems(reference: Checkpoint, model: Checkpoint, aliases: Mapping[str, str]) -> list[Problem]:
     """Return shapes and kinds of elements that differ from the reference's."""
     problems = []
-    found = _by_name(model, aliases)
-    for name, (wanted, *_) in _by_name(reference, aliases).items():
+    found = _by_name(model.tensors, aliases)
+    for name, (wanted, *_) in _by_name(reference.tensors, aliases).items():
         if name not in found:
             continue
         entry = found[name][0]

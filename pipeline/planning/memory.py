@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pipeline.checkpoints.dtypes import DTYPES
 from pipeline.errors import BudgetError, Problem
 from pipeline.numerics.kernels import work_bytes
+from pipeline.numerics.low_rank import low_rank_work_bytes, merged_factors_bytes
 from pipeline.planning.plan import Plan, TensorPlan
-from pipeline.planning.traffic import input_bytes
+from pipeline.planning.traffic import factor_bytes, kept_bytes, kept_inputs, measured_inputs, merged_inputs
 from pipeline.units import format_bytes
 
 # A Python process with torch, pyarrow, numba and Ray that has compiled the loops: 470 to 600 MB measured, rounded up.
@@ -23,10 +24,16 @@ PLAN_BYTES = 1500
 KEPT_OVERHEAD_BYTES = 500
 # A remote upload holds the part that grows and the one that is sent.
 UPLOAD_BYTES = 64_000_000
-# One row of statistics as Python and Arrow hold it until its file is measured: overhead beside the numbers themselves.
+# Numbers of one row group of statistics that are on their way to storage.
+ROW_GROUP_BYTES = 32_000_000
+# Copies of these alive at once: rows, Arrow's arrays and buffers, and what is compressed.
+ROW_COPIES = 4
+# Overhead of a row's object and its arrays.
 ROW_OVERHEAD_BYTES = 600
-# Copies of one number of a row alive at once: arrays, lists for the table, Arrow's buffers.
-ROW_COPIES = 8
+# The digits of an exact sum and what carrying them takes: 24 measured for values of one kind, far more if they differ.
+SUM_BYTES = 64
+# A number of a tuple: pointer and object.
+NUMBER_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,26 +60,64 @@ class Memory:
 
 def slot_bytes(plan: Plan) -> int:
     """Return the bytes of one chunk in flight: every input's range, tied copies, and the merged chunk."""
-    length = min(plan.chunk_elements, max((tensor.elements for tensor in plan.tensors), default=1))
-    widest = [0] * len(plan.inputs)
-    aliased = [0] * len(plan.inputs)
-    for tensor in plan.tensors:
-        for index, source in enumerate(tensor.sources):
-            width = DTYPES[source.dtype].bits // 8
-            widest[index] = max(widest[index], width)
-            if source.copies:
-                aliased[index] = max(aliased[index], width)
-    output = max((DTYPES[tensor.dtype].bits // 8 for tensor in plan.tensors), default=0)
+    return max((_slot_bytes(plan, index) for index in range(len(plan.tensors))), default=0)
+
+
+def _slot_bytes(plan: Plan, index: int) -> int:
+    """Return the bytes that one chunk of a tensor takes in flight."""
+    tensor = plan.tensors[index]
+    read = sorted({*measured_inputs(plan, index), *merged_inputs(plan, index)})
+    sources = [source for number in read if (source := tensor.sources[number]) is not None]
+    inputs = sum(DTYPES[source.dtype].bits // 8 * (2 if source.copies else 1) for source in sources)
+    length = max((chunk.elements for chunk in plan.written_chunks(index)[:1]), default=0)
+    if tensor.merged_rank is not None:
+        return length * inputs + tensor.stored_bytes
     # The kernels also make a copy of each point where they are not of one dtype; 8 bytes an element bounds it.
-    copies = plan.settings.cast or plan.settings.non_finite == "base" or any(map(_is_mixed, plan.tensors))
-    cast = 8 * len(plan.points) if copies else 0
-    return length * (sum(widest) + sum(aliased) + output + cast)
+    copies = plan.settings.cast or plan.settings.non_finite == "base" or _is_mixed(tensor)
+    points = 1 if tensor.shared is not None else len(plan.points)
+    return length * (inputs + DTYPES[tensor.dtype].bits // 8 + (8 * points if copies else 0))
 
 
 def _is_mixed(tensor: TensorPlan) -> bool:
     """Return whether a tensor's points must be widened to one dtype before the kernels take them."""
-    dtypes = {source.dtype for source in tensor.sources}
-    return tensor.group >= 0 and (len(dtypes) > 1 or not dtypes <= {"BF16", "F32", "F64"})
+    dtypes = {source.dtype for source in tensor.sources if source is not None}
+    composed = bool(tensor.updates) and tensor.shared is None
+    return tensor.group >= 0 and (composed or len(dtypes) > 1 or not dtypes <= {"BF16", "F32", "F64"})
+
+
+def _work_bytes(plan: Plan) -> int:
+    """Return the working memory of the kernels on one chunk, or on one tensor's factors."""
+    points = max((1 if tensor.shared is not None else len(plan.points) for tensor in plan.tensors), default=1)
+    largest = work_bytes(points)
+    for index, tensor in enumerate(plan.tensors):
+        if tensor.updates:
+            ranks = [update.rank for update in tensor.updates]
+            rows = tensor.rows
+            if not tensor.factored:
+                rows = max(1, plan.written_chunks(index)[0].elements // max(1, tensor.columns))
+            largest = max(largest, low_rank_work_bytes(rows, tensor.columns, ranks))
+            if tensor.merged_rank:
+                largest = max(largest, merged_factors_bytes(rows, tensor.columns, ranks, plan.settings.rank))
+    return largest
+
+
+def _statistics_bytes(plan: Plan) -> int:
+    """Return what the distances of one file's chunks and of all groups take, and the sums over what is written."""
+    points = len(plan.points)
+    pairs = points * (points - 1) // 2
+    written = max((len(plan.chunks(number)) for number in range(len(plan.files))), default=0)
+    sums = written * (2 * points + 1) * NUMBER_BYTES
+    if not plan.settings.measured:
+        return sums
+    rows = max((sum(len(plan.measured_chunks(t)) for t in file.tensors) for file in plan.files), default=0)
+    row_bytes = 8 * (pairs + points + len(plan.inputs)) + ROW_OVERHEAD_BYTES
+    saved = ROW_COPIES * min(rows * row_bytes, ROW_GROUP_BYTES + row_bytes)
+    checksums = rows * (8 * len(plan.inputs) + ROW_OVERHEAD_BYTES)
+    # A group that is solved within a file is summed and forgotten; of each the table of distances stays, and its text.
+    alone = {plan.tensors[index].group for file in plan.files if file.fused for index in file.tensors}
+    solved = [number for number, group in enumerate(plan.groups) if group.coefficients is None]
+    summed = max(1, sum(number not in alone for number in solved))
+    return saved + checksums + sums + summed * pairs * SUM_BYTES + 3 * len(solved) * points * points * 8
 
 
 def project_memory(plan: Plan, *, budget_bytes: int, threads: int, remote_output: bool = False) -> Memory:
@@ -88,34 +133,40 @@ def project_memory(plan: Plan, *, budget_bytes: int, threads: int, remote_output
         BudgetError: Not even one chunk in flight fits; names the budget that would.
     """
     slot = slot_bytes(plan)
-    work = work_bytes(len(plan.points))
-    pairs = len(plan.points) ** 2
-    chunks = max((len(plan.chunks(index)) for index in range(len(plan.files))), default=0)
-    statistics = chunks * ((pairs + 3 * len(plan.inputs)) * 8 * ROW_COPIES + ROW_OVERHEAD_BYTES)
+    work = _work_bytes(plan)
+    factors = max(map(factor_bytes, plan.tensors), default=0)
+    places = sum(len(tensor.holders) + 2 * len(tensor.updates) for tensor in plan.tensors)
     fixed = {
         "runtime": RUNTIME_BYTES,
-        "plan": PLAN_BYTES * len(plan.tensors) * len(plan.inputs),
-        "statistics": statistics,
+        "plan": PLAN_BYTES * places,
+        "statistics": _statistics_bytes(plan),
         **({"upload": UPLOAD_BYTES} if remote_output else {}),
     }
-    smallest = sum(fixed.values()) + slot + work
+    # Beside those of the chunks in flight, the factors that were used last are held for the next chunk.
+    one = {"one chunk in flight": slot, "work": work, **({"factors": 2 * factors} if factors else {})}
+    smallest = sum(fixed.values()) + sum(one.values())
     if smallest > budget_bytes:
         raise BudgetError(
             Problem(
                 what=f"a worker needs {format_bytes(smallest)}"
-                f" ({_listed({**fixed, 'one chunk in flight': slot, 'work': work})}),"
+                f" ({_listed({**fixed, **one})}),"
                 f" but may take {format_bytes(budget_bytes)}",
                 where=f"{len(plan.inputs)} checkpoints, chunks of {plan.chunk_elements} elements",
                 remedy=f"give at least --memory {-(-smallest // 1_000_000)}MB",
             )
         )
     # One chunk is read while the others are computed; more in flight than that only costs memory.
-    window = min(threads + 1, (budget_bytes - sum(fixed.values())) // (slot + work))
+    window = min(threads + 1, (budget_bytes - sum(fixed.values()) - factors) // (slot + work + factors))
     threads = max(1, window - 1)
     used = {**fixed, "chunks in flight": window * slot, "work": window * work}
+    if factors:
+        used["factors"] = (window + 1) * factors
     retained = max(0, budget_bytes - sum(used.values())) if plan.settings.measured else 0
-    everything = sum(input_bytes(tensor, tuple(range(len(plan.inputs)))) for tensor in plan.tensors)
-    pieces = sum(len(plan.chunks(index)) for index in range(len(plan.files))) * len(plan.inputs)
+    everything = sum(kept_bytes(plan, index) for index in range(len(plan.tensors)))
+    pieces = sum(
+        len(plan.measured_chunks(index)) * len(kept_inputs(plan, index)) + 2 * len(tensor.updates)
+        for index, tensor in enumerate(plan.tensors)
+    )
     retained = min(retained, everything + pieces * KEPT_OVERHEAD_BYTES)
     # Every kept piece costs its bytes and its overhead; the room that is handed out is for the bytes.
     room = retained * everything // max(1, everything + pieces * KEPT_OVERHEAD_BYTES)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from pipeline.checkpoints.dtypes import DTYPES
 from pipeline.planning.grid import Chunk, chunks_of
 
 # Raised whenever a plan of the same recipe and sources would give other bits or another run folder.
-PLAN_SCHEMA = 1
+PLAN_SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,11 +32,16 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Input:
-    """One checkpoint that is read: its URL, its name in messages, and its files."""
+    """One checkpoint or adapter that is read: its URL, its name in messages, and its files.
+
+    Attributes:
+        over: Of an adapter, the index of the checkpoint it stands on.
+    """
 
     url: str
     name: str
     files: tuple[SourceFile, ...]
+    over: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,13 +59,43 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What an adapter adds to a tensor seen as an M × K matrix: scale · left (M × R) · right (R × K).
+
+    Attributes:
+        input: Index of the adapter.
+        right: None for a column that is added as it is (a bias): a 1 × 1 matrix of one.
+        transposed: Both factors are stored transposed, left as R × M and right as K × R.
+    """
+
+    input: int
+    left: Source
+    right: Source | None
+    rank: int
+    scale: float
+    transposed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """One tensor of an output file: its name and its shape there."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorPlan:
-    """One output tensor.
+    """One merged tensor.
 
     Attributes:
         dtype: Header dtype that is written.
         group: Index of the group whose coefficients it takes; -1 for a tensor that is copied.
-        sources: I places.
+        sources: I places; None where an input is an adapter that does not replace the tensor.
+        updates: The low-rank updates of the adapters that have one, in the order of the inputs.
+        shared: The input whose values all points have before their updates; None where points differ beyond updates.
+        stored: What the file holds where that is not the tensor under its own name.
+        merged_rank: Rank of the two factors that are written instead of the tensor.
     """
 
     name: str
@@ -66,7 +103,46 @@ class TensorPlan:
     elements: int
     dtype: str
     group: int
-    sources: tuple[Source, ...]
+    sources: tuple[Source | None, ...]
+    updates: tuple[Update, ...] = ()
+    shared: int | None = None
+    stored: tuple[Stored, ...] = ()
+    merged_rank: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """M of the matrix that updates are applied to: the first dimension; a bias is a column."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def columns(self) -> int:
+        """K of the matrix that updates are applied to."""
+        return self.elements // max(1, self.rows)
+
+    @property
+    def entries(self) -> tuple[Stored, ...]:
+        """What the output file holds of it, in the order of the bytes."""
+        return self.stored or (Stored(name=self.name, shape=self.shape),)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Its bytes in the output file."""
+        return sum(math.prod(entry.shape) for entry in self.entries) * DTYPES[self.dtype].bits // 8
+
+    @property
+    def factored(self) -> bool:
+        """Whether points differ by low-rank updates alone, so that distances follow from the factors."""
+        return self.shared is not None and bool(self.updates)
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether all points have the same values: no adapter touches it."""
+        return self.shared is not None and not self.updates
+
+    @property
+    def holders(self) -> tuple[int, ...]:
+        """The inputs that store the tensor whole."""
+        return tuple(index for index, source in enumerate(self.sources) if source is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +161,7 @@ class FilePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupPlan:
-    """Tensors that share one solution; `coefficients` (N) are set when the recipe alone decides them."""
+    """Tensors that share one solution; `coefficients` (N) are set when no distance has a say in them."""
 
     name: str
     elements: int
@@ -99,6 +175,8 @@ class Settings:
     Attributes:
         cast: Header dtype that inputs are cast to first (the recipe's `dtype`), or None.
         scale: λ, or the rule that finds it: "norm" or "median_norm".
+        output: "model", or "adapter": the merged updates as factors.
+        rank: To which the factors are truncated, or None.
     """
 
     method: str
@@ -109,6 +187,8 @@ class Settings:
     non_finite: str
     cast: str | None
     measured: bool
+    output: str = "model"
+    rank: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,12 +227,43 @@ class Plan:
         return len(self.points) - len(self.models)
 
     def chunks(self, file: int) -> tuple[Chunk, ...]:
-        """Return the chunks of one output file, in the order of its bytes."""
-        return tuple(
-            chunk
-            for tensor in self.files[file].tensors
-            for chunk in chunks_of(tensor, self.tensors[tensor].elements, self.chunk_elements)
-        )
+        """Return the chunks that are written of one output file, in the order of its bytes."""
+        return tuple(chunk for tensor in self.files[file].tensors for chunk in self.written_chunks(tensor))
+
+    def measured_chunks(self, tensor: int) -> tuple[Chunk, ...]:
+        """Return what is measured of a tensor: the written chunks; all at once where the factors tell the distances."""
+        plan = self.tensors[tensor]
+        if plan.unchanged and self.settings.measured:
+            return ()
+        if plan.factored:
+            return chunks_of(tensor, plan.elements, max(1, plan.elements))
+        return self.written_chunks(tensor)
+
+    def written_chunks(self, tensor: int) -> tuple[Chunk, ...]:
+        """Return the chunks of a tensor: whole rows where updates are added, all at once where factors are written."""
+        plan = self.tensors[tensor]
+        if plan.merged_rank is not None:
+            length = plan.elements
+        elif plan.updates:
+            length = max(1, self.chunk_elements // max(1, plan.columns)) * plan.columns
+        else:
+            length = self.chunk_elements
+        return chunks_of(tensor, plan.elements, max(1, length))
+
+    def is_one_chunk(self, tensor: int) -> bool:
+        """Return whether a tensor is a group by itself and so small that it is measured and written by one read."""
+        group = self.tensors[tensor].group
+        alone = group >= 0 and self.groups[group].elements == self.tensors[tensor].elements
+        return alone and len(self.measured_chunks(tensor)) <= 1 and len(self.written_chunks(tensor)) <= 1
+
+    def dense_input(self, tensor: int, index: int) -> int:
+        """Return the input that holds the values of a tensor of input `index` before its update."""
+        if self.tensors[tensor].sources[index] is not None:
+            return index
+        over = self.inputs[index].over
+        if over is None:
+            raise ValueError(f"input {index} holds no {self.tensors[tensor].name} and stands on nothing")
+        return over
 
     def model_names(self) -> tuple[str, ...]:
         """Return the N names of the models as the recipe has them."""

@@ -9,22 +9,93 @@ from pipeline.checkpoints.dtypes import DTYPES
 from pipeline.planning.plan import Plan, TensorPlan
 
 
+def dense_inputs(plan: Plan, tensor: int, points: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the distinct inputs that hold the values of these points before their updates, in the points' order."""
+    shared = plan.tensors[tensor].shared
+    if shared is not None:
+        return (shared,) if points else ()
+    return tuple(dict.fromkeys(plan.dense_input(tensor, index) for index in points))
+
+
+def measured_inputs(plan: Plan, tensor: int) -> tuple[int, ...]:
+    """Return the inputs that the measuring pass reads whole: none where the factors tell the distances."""
+    if plan.tensors[tensor].group < 0:
+        return plan.tensors[tensor].holders
+    return () if plan.tensors[tensor].shared is not None else dense_inputs(plan, tensor, plan.points)
+
+
+def merged_inputs(plan: Plan, tensor: int) -> tuple[int, ...]:
+    """Return the inputs that the writing pass reads whole: none where factors are written."""
+    if plan.tensors[tensor].group < 0:
+        return plan.tensors[tensor].holders
+    return () if plan.tensors[tensor].merged_rank is not None else dense_inputs(plan, tensor, written_points(plan))
+
+
 def input_bytes(tensor: TensorPlan, inputs: tuple[int, ...]) -> int:
-    """Return the bytes that reading one tensor from these inputs takes, tied copies left aside."""
-    return sum(tensor.elements * DTYPES[tensor.sources[index].dtype].bits // 8 for index in set(inputs))
+    """Return the bytes that reading one tensor whole from these inputs takes, tied copies left aside."""
+    sources = [tensor.sources[index] for index in set(inputs)]
+    return sum(tensor.elements * DTYPES[source.dtype].bits // 8 for source in sources if source is not None)
+
+
+def factor_bytes(tensor: TensorPlan) -> int:
+    """Return the bytes of all factors of a tensor's updates."""
+    return sum(
+        tensor.rows * update.rank * DTYPES[update.left.dtype].bits // 8
+        + (tensor.columns * update.rank * DTYPES[update.right.dtype].bits // 8 if update.right is not None else 0)
+        for update in tensor.updates
+    )
+
+
+def measured_bytes(plan: Plan, tensor: int) -> int:
+    """Return the bytes that the measuring pass reads of a tensor, tied copies left aside."""
+    planned = plan.tensors[tensor]
+    return input_bytes(planned, measured_inputs(plan, tensor)) + factor_bytes(planned)
+
+
+def merged_bytes(plan: Plan, tensor: int) -> int:
+    """Return the bytes that the writing pass reads of a tensor, tied copies left aside."""
+    planned = plan.tensors[tensor]
+    return input_bytes(planned, merged_inputs(plan, tensor)) + factor_bytes(planned)
+
+
+def one_read_bytes(plan: Plan) -> int:
+    """Return the bytes of one full read of everything that a merge needs of its inputs: the unit of passes."""
+    return sum(
+        input_bytes(tensor, (*measured_inputs(plan, index), *merged_inputs(plan, index)))
+        + factor_bytes(tensor)
+        + alias_bytes(tensor)
+        if plan.settings.measured
+        else merged_bytes(plan, index) + alias_bytes(tensor)
+        for index, tensor in enumerate(plan.tensors)
+    )
+
+
+def kept_inputs(plan: Plan, tensor: int) -> tuple[int, ...]:
+    """Return the inputs that both passes read whole."""
+    again = merged_inputs(plan, tensor)
+    return tuple(index for index in measured_inputs(plan, tensor) if index in again)
+
+
+def kept_bytes(plan: Plan, tensor: int) -> int:
+    """Return the bytes of the measuring read that the writing pass needs again: what is worth keeping in memory."""
+    return input_bytes(plan.tensors[tensor], kept_inputs(plan, tensor)) + factor_bytes(plan.tensors[tensor])
 
 
 def alias_bytes(tensor: TensorPlan) -> int:
     """Return the bytes of the tied copies of a tensor, read once to check them."""
-    return sum(tensor.elements * DTYPES[s.dtype].bits // 8 * len(s.copies) for s in tensor.sources)
+    return sum(
+        tensor.elements * DTYPES[source.dtype].bits // 8 * len(source.copies)
+        for source in tensor.sources
+        if source is not None
+    )
 
 
-def written_inputs(plan: Plan) -> tuple[int, ...]:
-    """Return the inputs that the writing pass combines: the models, and the base unless its coefficient is 0."""
+def written_points(plan: Plan) -> tuple[int, ...]:
+    """Return the points that the writing pass combines: the models, and the base unless its coefficient is 0."""
     needs_base = plan.base is not None and (plan.settings.scale != 1.0 or plan.settings.non_finite == "base")
     return plan.points if needs_base else plan.models
 
 
-def probed_inputs(plan: Plan) -> tuple[int, ...]:
-    """Return the inputs that an iteration over the parameters reads: the base only where it replaces values."""
+def probed_points(plan: Plan) -> tuple[int, ...]:
+    """Return the points that an iteration over the parameters reads: the base only where it replaces values."""
     return plan.points if plan.settings.non_finite == "base" else plan.models

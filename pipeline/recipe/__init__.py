@@ -8,8 +8,8 @@ from pipeline.recipe.content import ModelEntry, NamedPatterns, PipelineSettings,
 from pipeline.recipe.json_schema import recipe_schema
 from pipeline.recipe.parameters import MethodSchema, Parameter
 from pipeline.recipe.recipe import canonical, parse_recipe
+from pipeline.recipe.references import join_model, model_key, split_model, without_credentials
 from pipeline.recipe.settings import model_numbers, resolve, unused_filters
-from pipeline.recipe.values import model_key, without_credentials
 
 __all__ = [
     "MethodSchema",
@@ -19,11 +19,13 @@ __all__ = [
     "PipelineSettings",
     "Recipe",
     "canonical",
+    "join_model",
     "model_key",
     "model_numbers",
     "parse_recipe",
     "recipe_schema",
     "resolve",
+    "split_model",
     "unused_filters",
     "without_credentials",
 ]

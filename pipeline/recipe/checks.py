@@ -16,7 +16,16 @@ from pipeline.recipe.document import Path
 from pipeline.recipe.findings import Findings, nearest, path_text
 from pipeline.recipe.parameters import MethodSchema
 from pipeline.recipe.settings import read_setting
-from pipeline.recipe.values import RefusalError, describe, model_key, read_model, read_number, without_credentials
+from pipeline.recipe.values import (
+    RefusalError,
+    describe,
+    join_model,
+    model_key,
+    read_model,
+    read_number,
+    split_model,
+    without_credentials,
+)
 
 _Value = TypeVar("_Value")
 
@@ -193,24 +202,49 @@ def check_conditions(raw: object, method: MethodSchema | None, findings: Finding
     entries = raw.get("models") if isinstance(raw.get("models"), list) else []
     named = [_readable(read_model, entry.get("model")) if isinstance(entry, dict) else None for entry in entries or ()]
     models = {index: model for index, model in enumerate(named) if model is not None}
-    seen: dict[str, int] = {}
-    for index, model in models.items():
-        first = seen.setdefault(model_key(model), index)
-        if first != index:
-            line = findings.line(("models", first))
-            what = f"the model {without_credentials(model)} is listed twice, first in line {line}"
-            findings.add(("models", index), what, "list it once and give it a larger weight")
+    base = raw.get("base_model")
+    _check_repeated(models, None if base is None else _readable(read_model, base), findings)
     pipeline = raw["pipeline"] if isinstance(raw.get("pipeline"), dict) else {}
     if method is not None and not method.uses_statistics:
         for key in (key for key in STATISTICS_KEYS if key in pipeline):
             what = f"`pipeline.{key}` has no meaning for {method.name}, which measures no distances"
             findings.add(("pipeline", key), what, "leave it out", key=True)
-    base = raw.get("base_model")
+    _check_output(pipeline, findings)
     if base is None:
         _check_no_base(raw, pipeline, findings)
     known = [*models.values()] if base is None else [*models.values(), _readable(read_model, base)]
     if None not in named and None not in known:
         _check_tokenizer(raw.get("tokenizer_source"), [model for model in known if model is not None], findings)
+
+
+def _check_repeated(models: Mapping[int, str], base: str | None, findings: Findings) -> None:
+    """Note models that are listed twice, the first place named."""
+    seen: dict[str, int] = {}
+    for index, model in models.items():
+        first = seen.setdefault(_identity(model, base), index)
+        if first != index:
+            line = findings.line(("models", first))
+            what = f"the model {without_credentials(model)} is listed twice, first in line {line}"
+            findings.add(("models", index), what, "list it once and give it a larger weight")
+
+
+def _identity(model: str, base: str | None) -> str:
+    """Return what equal models share; an adapter is the same with the base model in front of it and without."""
+    path, adapter = split_model(model)
+    if adapter is not None and base is not None and model_key(join_model(path)) == model_key(base):
+        return model_key(join_model(adapter))
+    return model_key(model)
+
+
+def _check_output(pipeline: Mapping[str, object], findings: Findings) -> None:
+    """Note keys that do not go with what is written."""
+    output = pipeline.get("output", "model")
+    if output == "model" and pipeline.get("rank") is not None:
+        what = "`pipeline.rank` needs `output: adapter`: a whole model has no rank"
+        findings.add(("pipeline", "rank"), what, "add `output: adapter` under `pipeline:`, or leave it out", key=True)
+    if output == "adapter" and "file_size" in pipeline:
+        what = "`pipeline.file_size` has no meaning for `output: adapter`, which is always one file"
+        findings.add(("pipeline", "file_size"), what, "leave it out", key=True)
 
 
 def _check_no_base(raw: Mapping[str, object], pipeline: Mapping[str, object], findings: Findings) -> None:

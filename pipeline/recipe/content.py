@@ -15,6 +15,7 @@ from pipeline.recipe.values import (
     RefusalError,
     describe,
     model_key,
+    read_count,
     read_dtype,
     read_model,
     read_number,
@@ -26,6 +27,7 @@ SCOPES = ("model", "block", "tensor")
 DISTANCES = ("gram", "stream")
 SCALES = ("norm", "median_norm")
 NON_FINITE = ("error", "base")
+OUTPUTS = ("model", "adapter")
 # mergekit's default, and what the Hugging Face hub and its tools are used to.
 DEFAULT_FILE_SIZE_BYTES = 5_000_000_000
 # Far below what any output type can show (2^-24 for float32) and well within reach of the solver.
@@ -96,7 +98,9 @@ Name = Annotated[str, BeforeValidator(_read_name)]
 class ModelEntry(_Frozen):
     """One input model and its own parameters."""
 
-    model: ModelPath = Field(description="Path or URL of the model's folder.")
+    model: ModelPath = Field(
+        description="Path or URL of the folder of a model or adapter; base+adapter for an adapter on that base."
+    )
     parameters: Settings = Field(default={}, description="Parameters of this model; they win over the document's.")
 
 
@@ -163,6 +167,13 @@ class PipelineSettings(_Frozen):
         serialization_alias="bandwidth",
         description="Bytes per second of the storage, for the projected time; measured when absent.",
     )
+    output: Annotated[Literal["model", "adapter"], _word(*OUTPUTS)] = Field(
+        default="model",
+        description="What is written: a whole model, or an adapter for the base that all adapters share.",
+    )
+    rank: Annotated[int | None, _optional(read_count)] = Field(
+        default=None, description="Largest rank in a written adapter; exact, without truncation, when absent."
+    )
 
 
 class Recipe(_Frozen):
@@ -175,10 +186,10 @@ class Recipe(_Frozen):
     models: tuple[ModelEntry, ...] = Field(min_length=1, description="The input models, in the order of the report.")
     parameters: Settings = Field(default={}, description="Parameters for all models.")
     dtype: Annotated[str | None, _optional(read_dtype)] = Field(
-        default=None, description="Type the inputs are cast to."
+        default=None, description="Type that full weights are cast to."
     )
     out_dtype: Annotated[str | None, _optional(read_dtype)] = Field(
-        default=None, description="Type of the output; dtype when absent."
+        default=None, description="Type of the output; dtype when absent, else that of the inputs."
     )
     tokenizer_source: Annotated[str | None, _optional(_read_tokenizer_source)] = Field(
         default=None, description="Whose tokenizer is copied: base, or one of the models."

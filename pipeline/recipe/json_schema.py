@@ -14,6 +14,7 @@ from pipeline.recipe.checks import IDLE, IDLE_PARAMETERS, STATISTICS_KEYS
 from pipeline.recipe.content import (
     DISTANCES,
     NON_FINITE,
+    OUTPUTS,
     SCALES,
     SCOPES,
     ModelEntry,
@@ -35,20 +36,23 @@ _POSITIVE_TEXT: Schema = {"type": "string", "pattern": rf"^\s*(?=\+?[0-9.]*[1-9]
 # The units of pipeline.units, in any case.
 _SIZE_TEXT: Schema = {"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*([KMGTPkmgtp]([Ii]?[Bb])?|[Bb])?\s*$"}
 _SIZE: Schema = {"anyOf": [{"type": "integer", "minimum": 1}, _SIZE_TEXT]}
-# In a plain path "+" and "@" would mean an adapter and a revision; in a URL only "+" does.
-_PATH: Schema = {"type": "string", "allOf": [{"pattern": r"\S"}, {"pattern": r"^((?!.*://)[^+@]*|.*://[^+]*)$"}]}
+# One step through a path as references.py splits it: another character, backslashes in front of no plus sign, or an odd
+# number of them with the plus sign that they make part of the path.
+_STEP = r"(?:[^+\\]|\\+(?=[^+\\])|(?:\\\\)*\\\+)"
+# In a plain path "@" would mean a revision, in a URL it does not.
+_PLAIN_STEP = _STEP.replace("[^+", "[^@+", 1)
+_HALF = rf"(?=\s*[^\s+])(?:{_PLAIN_STEP}*|{_STEP}*://{_STEP}*)"
+# A plus sign behind an even number of backslashes parts base and adapter; at the end of a path backslashes are its own.
+_PATH: Schema = {"type": "string", "pattern": rf"^{_HALF}((\\\\)*\+{_HALF})?\\*$"}
+_FOLDER: Schema = {
+    "type": "object",
+    "properties": {"path": _TEXT, "revision": _NULL},
+    "required": ["path"],
+    "additionalProperties": False,
+}
 _PATH_OBJECT: Schema = {
     "type": "object",
-    "properties": {
-        "model": {
-            "type": "object",
-            "properties": {"path": _TEXT, "revision": _NULL},
-            "required": ["path"],
-            "additionalProperties": False,
-        },
-        "lora": _NULL,
-        "override_architecture": _NULL,
-    },
+    "properties": {"model": _FOLDER, "lora": {"anyOf": [_NULL, _FOLDER]}, "override_architecture": _NULL},
     "required": ["model"],
     "additionalProperties": False,
 }
@@ -124,8 +128,17 @@ def _pipeline_schema() -> Schema:
         "file_size": _SIZE,
         "non_finite": {"enum": list(NON_FINITE)},
         "bandwidth": {"anyOf": [_NULL, *_branches(_SIZE)]},
+        "output": {"enum": list(OUTPUTS)},
+        "rank": {"anyOf": [_NULL, {"type": "integer", "minimum": 1}]},
     }
-    return {**_object_schema(PipelineSettings, values, ()), "type": ["object", "null"]}
+    adapter: Schema = {"type": "object", "properties": {"output": {"const": "adapter"}}, "required": ["output"]}
+    return {
+        **_object_schema(PipelineSettings, values, ()),
+        "type": ["object", "null"],
+        "if": adapter,
+        "then": {"properties": {"file_size": False}},
+        "else": {"properties": {"rank": _NULL}},
+    }
 
 
 def _branches(schema: Schema) -> list[Schema]:

@@ -1,17 +1,36 @@
-"""Single values of a recipe: numbers, switches, words, sizes, data types and references to models.
+"""Single values of a recipe: numbers, switches, words, sizes, data types and models.
 
-Owns what each value may look like and why others are refused; knows neither lines nor keys.
+Owns what each value may look like and why others are refused; knows neither lines nor keys. The notation of models is
+references.py's, whose functions are offered here too.
 """
 
 from __future__ import annotations
 
 import math
-import posixpath
 import re
 from collections.abc import Sequence
 
 from pipeline.recipe.findings import nearest
+from pipeline.recipe.references import halves_of, join_model, model_key, shown, split_model, without_credentials
 from pipeline.units import parse_bytes
+
+__all__ = [
+    "DTYPES",
+    "NUMBER_PATTERN",
+    "RefusalError",
+    "describe",
+    "join_model",
+    "model_key",
+    "read_boolean",
+    "read_count",
+    "read_dtype",
+    "read_model",
+    "read_number",
+    "read_size",
+    "read_word",
+    "split_model",
+    "without_credentials",
+]
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 # What mergekit's users write by habit, and other libraries accept.
@@ -36,15 +55,6 @@ class RefusalError(ValueError):
         self.remedy = remedy
 
 
-def without_credentials(url: str) -> str:
-    """Return a URL without user, password and query; a plain path as it is."""
-    scheme, mark, rest = url.partition("://")
-    if not mark:
-        return url
-    authority, slash, path = rest.partition("?")[0].partition("/")
-    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
-
-
 def describe(raw: object) -> str:
     """Return a value as it is quoted in messages: short, and without credentials."""
     if isinstance(raw, bool):
@@ -55,7 +65,7 @@ def describe(raw: object) -> str:
         return "a list"
     if isinstance(raw, dict):
         return "a mapping"
-    text = without_credentials(raw) if isinstance(raw, str) else str(raw)
+    text = shown(raw) if isinstance(raw, str) else str(raw)
     short = text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
     return f'"{short}"' if isinstance(raw, str) else short
 
@@ -167,30 +177,52 @@ def read_size(raw: object) -> int:
         ) from error
 
 
-def read_model(raw: object) -> str:
-    """Return a model's path or URL, as written.
+def read_count(raw: object) -> int:
+    """Return a whole number of things.
 
     Args:
-        raw: Text, or mergekit's object form {model: {path: ...}}, which takes any path literally.
+        raw: A YAML value.
 
     Returns:
-        The path.
+        The number, greater than zero.
 
     Raises:
-        RefusalError: It is empty, names an adapter or a revision, or is no reference.
+        RefusalError: It is something else; 8.0 and "8" are too.
+    """
+    if not isinstance(raw, int) or isinstance(raw, bool) or raw <= 0:
+        raise RefusalError(f"must be a whole number greater than 0, not {describe(raw)}", "write for example 16")
+    return raw
+
+
+def read_model(raw: object) -> str:
+    """Return a model in the notation that `split_model` takes apart.
+
+    Args:
+        raw: Text, "path" or "path+adapter"; or mergekit's object form {model: {path: ...}, lora: {path: ...}}, which
+            takes any path literally.
+
+    Returns:
+        The model, text as written.
+
+    Raises:
+        RefusalError: A path is empty, there are two adapters or a revision, or it is no reference.
     """
     if isinstance(raw, dict):
         return _read_model_object(raw)
     if not isinstance(raw, str) or not raw.strip():
         raise RefusalError(f"must be the path or URL of a model, not {describe(raw)}")
-    _, is_url, rest = raw.rpartition("://")
-    if "+" in rest:
-        raise RefusalError(
-            f"asks for an adapter: {describe(raw)}; adapters are not supported",
-            "merge the adapter into its base first; for a path with a plus sign write model: {model: {path: ...}}",
-        )
+    halves = halves_of(raw)
+    if len(halves) > 2:
+        what = f"has more than one plus sign: {describe(raw)}; a model is one base and one adapter"
+        raise RefusalError(what, r"list each adapter as a model of its own; write a plus sign of a path as \+")
+    if not all(half.strip() for half in halves):
+        what = f"must have a path on both sides of the plus sign, not {describe(raw)}"
+        raise RefusalError(what, r"write a plus sign of a path as \+")
+    if len(halves) == 2 and _cuts_url(*halves):
+        what = f"has a plus sign in the credentials or behind the query of a URL: {describe(raw)}"
+        raise RefusalError(what, r"write it as \+, or use the form {model: {path: ...}, lora: {path: ...}}")
     # In a URL "@" ends the credentials or is part of a name; only a plain path can mean a hub revision.
-    if "@" in rest and not is_url:
+    if any("@" in half and "://" not in half for half in halves):
         raise RefusalError(
             f"asks for a revision: {describe(raw)}; models are read from folders, which have none",
             'download that revision; for a path with "@" write model: {model: {path: ...}}',
@@ -198,33 +230,32 @@ def read_model(raw: object) -> str:
     return raw
 
 
+def _cuts_url(path: str, adapter: str) -> bool:
+    """Return whether what looks like an adapter may be the rest of a URL's password or query: it must not be shown."""
+    _, is_url, rest = path.partition("://")
+    return bool(is_url) and "://" not in adapter and ("?" in rest or ("@" in adapter and "/" not in rest))
+
+
 def _read_model_object(raw: dict[str, object]) -> str:
-    refused = {
-        "lora": "asks for an adapter; adapters are not supported",
-        "override_architecture": "overrides the architecture; this is not supported",
-        "revision": "asks for a revision; models are read from folders, which have none",
-    }
-    inner = raw.get("model")
-    fields = {**raw, **inner} if isinstance(inner, dict) else raw
-    for key, reason in refused.items():
-        if fields.get(key) is not None:
-            raise RefusalError(reason, "only {model: {path: ...}} is read")
-    unknown = [key for key in fields if key not in refused and key not in ("model", "path")]
-    if unknown:
-        raise RefusalError(f"has the unknown key `{unknown[0]}`", nearest(unknown[0], ("model", "path")))
-    path = inner.get("path") if isinstance(inner, dict) else None
-    if not isinstance(path, str) or not path.strip() or "path" in raw:
-        raise RefusalError("must be the path of a model or {model: {path: ...}}", 'for example "./experts/math"')
+    if raw.get("override_architecture") is not None:
+        raise RefusalError("overrides the architecture; this is not supported", "leave `override_architecture` out")
+    for key in (key for key in raw if key not in ("model", "lora", "override_architecture", "path")):
+        raise RefusalError(f"has the unknown key `{key}`", nearest(key, ("model", "lora")))
+    if "path" in raw or not isinstance(raw.get("model"), dict):
+        what = "must be the path of a model or {model: {path: ...}}, with lora: {path: ...} for an adapter on it"
+        raise RefusalError(what, 'for example "./experts/math"')
+    adapter = None if raw.get("lora") is None else _read_path(raw["lora"], "lora")
+    return join_model(_read_path(raw["model"], "model"), adapter)
+
+
+def _read_path(raw: object, key: str) -> str:
+    """Return the path of {path: ...}, which stands under `key` of a model."""
+    fields = raw if isinstance(raw, dict) else {}
+    if fields.get("revision") is not None:
+        raise RefusalError("asks for a revision; models are read from folders, which have none", "download it")
+    for name in (name for name in fields if name not in ("path", "revision")):
+        raise RefusalError(f"has the unknown key `{name}`", nearest(name, ("path",)))
+    path = fields.get("path")
+    if not isinstance(path, str) or not path.strip():
+        raise RefusalError(f"has no path under `{key}`", f"write {key}: {{path: ...}}")
     return path
-
-
-def model_key(model: str) -> str:
-    """Return what two spellings of one model's path have in common: "./a/" and "a" give "a".
-
-    Args:
-        model: A path or URL as written in the recipe.
-
-    Returns:
-        A text to compare by; no file system is asked.
-    """
-    return model.rstrip("/") if "://" in model else posixpath.normpath(model)

@@ -14,6 +14,8 @@ from pipeline.storage.redaction import redacted
 
 # Rows of the table before the rest is left to the report.
 _ROWS = 40
+# Columns, one a model, of the table by group: wider ones no page shows.
+_COLUMNS = 24
 
 
 def model_card(report: dict[str, Any], recipe_text: str) -> str:
@@ -25,13 +27,21 @@ def model_card(report: dict[str, Any], recipe_text: str) -> str:
     """
     models = [entry["model"] for entry in report["models"]]
     base = [report["base_model"]] if report["base_model"] else []
+    as_adapter = report["output"] == "adapter"
+    # The hub draws a line to each of these; peft's own cards name the base alone.
+    parents = base if base and (as_adapter or len(models) > _ROWS) else [*base, *models]
     front = yaml.safe_dump(
-        {"library_name": "transformers", "tags": ["merge", "geomerge"], "base_model": [*base, *models]}, sort_keys=False
+        {
+            "library_name": "peft" if as_adapter else "transformers",
+            "tags": ["merge", "geomerge"],
+            "base_model": parents,
+        },
+        sort_keys=False,
     )
     return "\n".join(
         [
             f"---\n{front}---",
-            "# Merged model",
+            "# Merged adapter" if as_adapter else "# Merged model",
             "",
             f"{_sentence(report)} Made by geomerge {__version__}; `geomerge_report.json` has all figures.",
             "",
@@ -53,7 +63,7 @@ def _sentence(report: dict[str, Any]) -> str:
     count = len(report["models"])
     if report["method"] != "geometric_median":
         return f"The weighted average of {count} models."
-    worst = max(group["relative_gap"] for group in report["groups"])
+    worst = max((group["relative_gap"] for group in report["groups"]), default=0.0)
     scopes = {"model": "the full parameter vector", "block": "each block", "tensor": "each tensor"}
     over = scopes.get(report["scope"], "each group of tensors")
     certified = f"certified optimal to a relative gap of {worst:.1e} before rounding to the output's dtype"
@@ -66,21 +76,26 @@ def _sentence(report: dict[str, Any]) -> str:
 
 
 def _table(report: dict[str, Any], models: list[str]) -> list[str]:
-    """Return the coefficients by group, one row a model."""
+    """Return the coefficients: one row a group, or where there is one group only, one row a model."""
     groups = report["groups"]
     if len(groups) > 1:
+        shown = min(len(models), _COLUMNS)
         rows = [
-            "| group | " + " | ".join(f"c{index + 1}" for index in range(len(models))) + " |",
-            "| --- |" + " --- |" * len(models),
+            "| group | " + " | ".join(f"c{index + 1}" for index in range(shown)) + " |",
+            "| --- |" + " --- |" * shown,
         ]
         for group in groups[:_ROWS]:
-            rows.append(f"| {group['name']} | " + " | ".join(f"{c:.4f}" for c in group["coefficients"]) + " |")
-        if len(groups) > _ROWS:
-            rows.append(f"\n… and {len(groups) - _ROWS} more groups in the report.")
+            rows.append(f"| {group['name']} | " + " | ".join(f"{c:.4f}" for c in group["coefficients"][:shown]) + " |")
+        rows += _more(len(groups) - _ROWS, "groups") + _more(len(models) - shown, "models")
         return ["Coefficients of the models, in the recipe's order:", "", *rows]
     group = groups[0]
     norms = group["norms"] or [None] * len(models)
     rows = ["| model | coefficient | norm of the task vector |", "| --- | --- | --- |"]
-    for model, coefficient, norm in zip(models, group["coefficients"], norms, strict=True):
+    for model, coefficient, norm in list(zip(models, group["coefficients"], norms, strict=True))[:_ROWS]:
         rows.append(f"| {model} | {coefficient:.6f} | {'' if norm is None else f'{norm:.4g}'} |")
-    return rows
+    return rows + _more(len(models) - _ROWS, "models")
+
+
+def _more(count: int, what: str) -> list[str]:
+    """Return a line that counts what a table leaves out."""
+    return [f"\n… and {count} more {what} in the report."] if count > 0 else []

@@ -8,10 +8,14 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.engine.driver import Outcome
+from pipeline.engine.run_folder import DISTANCES
+from pipeline.engine.solutions import TABLE_MODELS
 from pipeline.planning.plan import Plan
 
 # Names in one sentence before the rest is counted.
 _SHOWN = 4
+# Sentences of one kind, one a model, before the rest is counted.
+_SENTENCES = 20
 # A mean norm this many times the median norm is made by one model or a few, not by the family.
 _STRETCHED = 1.5
 
@@ -23,35 +27,59 @@ def observations(plan: Plan, outcome: Outcome) -> list[str]:
         *_copies(plan, outcome),
         *_not_unique(plan, outcome),
         *_long_vectors(plan, outcome),
+        *_left_out(plan, outcome),
+        *_cut_off(plan, outcome),
     ]
+
+
+def _cut_off(plan: Plan, outcome: Outcome) -> list[str]:
+    """Return a sentence on what the truncation of a merged adapter's factors has cost."""
+    shares = {index: share for record in outcome.written for index, share in record.discarded.items()}
+    if plan.settings.rank is None or not shares:
+        return []
+    worst = max(shares, key=lambda index: shares[index])
+    return [
+        f"rank {plan.settings.rank} cuts off at most {shares[worst]:.2%} of the squared norm of a module's update,"
+        f" in {plan.tensors[worst].name}"
+    ]
+
+
+def _first(sentences: list[str], rest: str) -> list[str]:
+    """Return the first of the sentences and one that counts the others."""
+    more = len(sentences) - _SENTENCES
+    return [*sentences[:_SENTENCES], f"{more} more {rest}"] if more > 0 else sentences
 
 
 def _copies(plan: Plan, outcome: Outcome) -> list[str]:
     """Return a sentence for every model that holds the values of an earlier one, or of the base."""
-    tables = [solution.distances for solution in outcome.solutions if solution.distances]
+    tables = [solution.distances for solution in outcome.solutions if solution.distances.size]
     if not tables or sum(group.elements for group in plan.groups) == 0:
         return []
-    total_PP = np.add.reduce([np.array(table) for table in tables])
+    total_PP = np.zeros_like(tables[0])
+    for table in tables:
+        total_PP += table
     names = [plan.inputs[index].name for index in plan.points]
+    same_PP = np.tril(total_PP == 0.0, k=-1)
     notes = []
-    for row in range(1, len(names)):
-        first = next((other for other in range(row) if total_PP[row, other] == 0.0), None)
-        if first is not None and first < plan.offset:
+    for row in np.flatnonzero(same_PP.any(axis=1)).tolist():
+        first = int(np.argmax(same_PP[row]))
+        if first < plan.offset:
             notes.append(f"{names[row]} has the same values as the base model, {names[first]}")
-        elif first is not None:
+        else:
             notes.append(f"{names[row]} has the same values as {names[first]}: a copy counts like a larger weight")
-    return notes
+    return _first(notes, "models have the same values as the base or as an earlier model")
 
 
 def _replaced(plan: Plan, outcome: Outcome) -> list[str]:
     """Return a sentence for every model of which values were not finite and taken from the base."""
     names = [plan.inputs[index].name for index in plan.points]
     counts = [sum(record.replaced[row] for record in outcome.written) for row in range(len(names))]
-    return [
+    notes = [
         f"{name}: {count} values were NaN or infinite and taken from the base"
         for name, count in zip(names, counts, strict=True)
         if count
     ]
+    return _first(notes, "models had values that were NaN or infinite and taken from the base")
 
 
 def _not_unique(plan: Plan, outcome: Outcome) -> list[str]:
@@ -73,7 +101,9 @@ def _long_vectors(plan: Plan, outcome: Outcome) -> list[str]:
     if plan.settings.scale != "norm":
         return []
     for solution in outcome.solutions:
-        norms = np.sqrt(np.array(solution.distances)[0, plan.offset :])
+        if not solution.distances.size:
+            continue
+        norms = np.sqrt(solution.distances[0, plan.offset :])
         if len(norms) > 2 and norms.mean() > _STRETCHED * np.median(norms):
             longest = plan.model_names()[int(norms.argmax())]
             times = norms.max() / np.median(norms)
@@ -82,3 +112,14 @@ def _long_vectors(plan: Plan, outcome: Outcome) -> list[str]:
                 " scale: median_norm does not"
             ]
     return []
+
+
+def _left_out(plan: Plan, outcome: Outcome) -> list[str]:
+    """Return where the pairs of a large family are to be found."""
+    measured = any(solution.distances.size for solution in outcome.solutions)
+    if not (plan.offset and measured and len(plan.models) > TABLE_MODELS):
+        return []
+    return [
+        f"the cosines of more than {TABLE_MODELS} models are left out of the report: {DISTANCES} has the distances of"
+        " all pairs"
+    ]

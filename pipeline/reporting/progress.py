@@ -102,7 +102,8 @@ class LogLines:
             case PassStarted():
                 self._totals[event.name] = event
                 self._started = self._last = now
-                _LOG.info("%s: %s of input for %d files", event.name, format_bytes(event.total_bytes), event.files)
+                files = f"{event.files} file" + ("" if event.files == 1 else "s")
+                _LOG.info("%s: %s of input for %s", event.name, format_bytes(event.total_bytes), files)
             case PassProgress() if now - self._last >= _LINE_S:
                 self._last = now
                 _LOG.info("%s", self._line(event, now))

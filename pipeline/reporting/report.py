@@ -29,6 +29,7 @@ def build_report(
         input_bytes: Bytes of one full read of all inputs, the unit of `passes`.
         unchanged_shares: By model, the share of elements that equal the base's, where that was measured.
     """
+    discarded = {tensor: share for record in outcome.written for tensor, share in record.discarded.items()}
     return {
         "schema": REPORT_SCHEMA,
         "version": __version__,
@@ -36,6 +37,7 @@ def build_report(
         "method": plan.settings.method,
         "scope": plan.settings.scope,
         "distances": plan.settings.distances,
+        "output": plan.settings.output,
         "base_model": plan.inputs[plan.base].name if plan.base is not None else None,
         "models": [
             {
@@ -47,7 +49,17 @@ def build_report(
             for row, index in enumerate(plan.models)
         ],
         "weights": list(plan.weights),
-        "groups": [_group(plan, outcome, solution) for solution in outcome.solutions],
+        "groups": [_group(plan, outcome, solution) for solution in outcome.solutions if _has_say(plan, solution)],
+        "modules": [
+            {
+                "tensor": tensor.name,
+                "rank": tensor.merged_rank,
+                # Of the squared norm of the merged update; 0 unless the recipe truncates.
+                "discarded_energy": discarded[index],
+            }
+            for index, tensor in enumerate(plan.tensors)
+            if tensor.merged_rank
+        ],
         "notes": [*plan.notes, *observations(plan, outcome)],
         "recipe": plan.recipe,
         "bytes_read": outcome.usage.read_bytes,
@@ -64,6 +76,11 @@ def build_report(
             {"name": record.name, "bytes": record.size_bytes, "sha256": record.sha256} for record in outcome.written
         ],
     }
+
+
+def _has_say(plan: Plan, solution: Solution) -> bool:
+    """Return whether a group depends on the method: what no adapter touches is the base's under any."""
+    return solution.median is not None or not plan.settings.measured
 
 
 def _group(plan: Plan, outcome: Outcome, solution: Solution) -> dict[str, Any]:

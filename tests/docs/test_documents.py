@@ -14,11 +14,13 @@ import torch
 from pipeline.cli import OPTIONS
 from pipeline.methods import registry
 from pipeline.recipe import parse_recipe
+from tests.support.adapters import Layout, linears, random_factors, save_adapter
 from tests.support.families import fine_tune, random_weights, save_model
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+NAMED = re.compile(r"# (\w+\.yaml)\n")
 LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 METHODS = {name: method.schema for name, method in registry().items()}
 
@@ -33,13 +35,16 @@ def relative(path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that the documents speak of: models/base and its fine-tunes."""
+    """The folder that the documents speak of: models/base and its fine-tunes, and as many adapters."""
     root = tmp_path_factory.mktemp("docs")
     base = random_weights(0)
     save_model(root / "models/base", base, dtype=torch.bfloat16)
     for number, name in enumerate(["chat", "code", "law", "poetry", "broken"]):
         values = fine_tune(base, number, size=0.3 if name == "broken" else 0.005)
         save_model(root / "models" / name, values, dtype=torch.bfloat16)
+        layout = Layout(modules=linears(base, "q_proj", "v_proj"), size=0.3 if name == "broken" else 0.005)
+        factors = random_factors(base, layout, number)
+        save_adapter(root / "adapters" / name, base, layout, factors, base_path=Path("models/base"))
     return root
 
 
@@ -61,10 +66,12 @@ def test_recipes_are_read(document: Path) -> None:
     "document", [d for d in DOCUMENTS if blocks(d, "console") or blocks(d, "python")], ids=relative
 )
 def test_commands_and_python_run(document: Path, models: Path, tmp_path: Path) -> None:
-    (tmp_path / "models").symlink_to(models / "models")
-    named = [text for text in blocks(document, "yaml") if text.startswith("# recipe.yaml")]
-    readme = [text for text in blocks(ROOT / "README.md", "yaml") if text.startswith("# recipe.yaml")]
-    (tmp_path / "recipe.yaml").write_text((named or readme)[0])
+    for folder in ("models", "adapters"):
+        (tmp_path / folder).symlink_to(models / folder)
+    # A recipe's first line names its file; what a document does not have itself, it means as the README has it.
+    for text in (*blocks(ROOT / "README.md", "yaml"), *blocks(document, "yaml")):
+        if name := NAMED.match(text):
+            (tmp_path / name[1]).write_text(text)
     for text in blocks(document, "console"):
         for line in text.splitlines():
             assert line.startswith("$ geomerge "), line
@@ -104,7 +111,15 @@ def test_every_key_of_the_report_is_documented(models: Path, tmp_path: Path) -> 
         f"models: [{{model: {models}/models/chat}}, {{model: {models}/models/code}}, {{model: {models}/models/law}}]\n"
     )
     report = merge(str(recipe), str(tmp_path / "out"))
+    adapters = tmp_path / "adapters.yaml"
+    adapters.write_text(
+        "merge_method: geometric_median\npipeline: {output: adapter}\n"
+        f"base_model: {models}/models/base\n"
+        f"models: [{{model: {models}/adapters/chat}}, {{model: {models}/adapters/code}}]\n"
+    )
+    modules = merge(str(adapters), str(tmp_path / "adapter"))["modules"]
     text = (ROOT / "docs/output.md").read_text()
-    keys = [*report, *report["groups"][0], *report["models"][0], *report["files"][0], *report["groups"][0]["written"]]
+    group = report["groups"][0]
+    keys = [*report, *modules[0], *group, *report["models"][0], *report["files"][0], *group["written"]]
     missing = [key for key in keys if key != "model" and f"`{key}" not in text]
     assert missing == []

@@ -76,8 +76,8 @@ class ExecutorContract:
     def test_sums_are_those_of_the_parameters(self, started: Executor, job: Job, family: Family) -> None:
         totals: dict[int, ExactSum] = {}
         for _, partial in started.map("measure", dict.fromkeys(range(len(job.plan.files)), ()), ignore_progress):
-            for group, limbs in partial.items():
-                totals.setdefault(group, ExactSum(len(limbs))).merge(ExactSum.from_limbs(limbs))
+            for group, sums in partial.items():
+                totals.setdefault(group, ExactSum(len(sums))).merge(sums)
         points = self.points(family)
         wanted = [((points[i] - points[j]) ** 2).sum() for i in range(len(points)) for j in range(i + 1, len(points))]
         np.testing.assert_allclose(totals[0].total(), wanted, rtol=1e-13)

@@ -1,6 +1,8 @@
 """From distances to factors, geometry and the scale, against the points themselves."""
 
 import json
+import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +12,11 @@ from pipeline.engine.solutions import (
     fixed_solution,
     geometry,
     predicted_distances,
+    refuse_far,
     solution_from_json,
     solve_group,
 )
+from pipeline.errors import CheckpointError
 from pipeline.methods.geometric_median import METHOD
 from pipeline.planning.plan import GroupPlan, Plan
 from tests.planning.plans import plan_by_hand
@@ -191,7 +195,8 @@ def test_a_fixed_solution_has_what_the_recipe_says() -> None:
     of = Plan(**{**fields, "groups": (GroupPlan(name="model", elements=1, coefficients=coefficients),)})
     solution = fixed_solution(of, 0)
     assert solution.factors == (0.0, *coefficients)
-    assert (solution.coefficients, solution.scale, solution.median, solution.distances) == (coefficients, 1.0, None, ())
+    assert (solution.coefficients, solution.scale, solution.median) == (coefficients, 1.0, None)
+    assert solution.distances.size == 0
     assert geometry(of, solution) == (None, None)
 
 
@@ -201,7 +206,7 @@ def test_a_saved_solution_comes_back_bit_for_bit() -> None:
     assert again.factors == solution.factors
     assert again.coefficients == solution.coefficients
     assert again.scale == solution.scale
-    assert again.distances == solution.distances
+    assert again.distances.tobytes() == solution.distances.tobytes()
     assert again.median is not None
     assert solution.median is not None
     for name in (
@@ -215,5 +220,58 @@ def test_a_saved_solution_comes_back_bit_for_bit() -> None:
         "distances",
     ):
         assert getattr(again.median, name) == getattr(solution.median, name)
-    fixed = Solution(group=3, factors=(1.0,), coefficients=(1.0,), scale=1.0, median=None, distances=())
+    assert again == solution
+    fixed = Solution(group=3, factors=(1.0,), coefficients=(1.0,), scale=1.0, median=None)
     assert solution_from_json(json.loads(json.dumps(fixed.to_json()))) == fixed
+
+
+@pytest.mark.parametrize("count", [64, 65, 300])
+def test_many_distances_are_saved_packed_and_bit_for_bit(count: int) -> None:
+    generator = np.random.default_rng(count)
+    distances_PP = squares(generator.normal(size=(count, 3)))
+    saved = Solution(
+        group=2, factors=(0.5,) * count, coefficients=(0.5,) * count, scale=2.0, median=None, distances=distances_PP
+    )
+    text = json.dumps(saved.to_json())
+    again = solution_from_json(json.loads(text))
+    assert again == saved
+    assert again.distances.tobytes() == distances_PP.tobytes()
+    # Readable for few points; otherwise 8 bytes a pair, and a third of that for the letters.
+    assert isinstance(json.loads(text)["distances"], list) == (count == 64)
+    assert count == 64 or len(text) < count * (count - 1) / 2 * 8 * 4 / 3 + 30 * count
+
+
+def test_solutions_are_equal_by_their_numbers_and_survive_pickling() -> None:
+    solution = solved(plan(), points())
+    assert pickle.loads(pickle.dumps(solution)) == solution
+    moved = solution.distances.copy()
+    moved[0, 1] = np.nextafter(moved[0, 1], 0.0)
+    assert replace(solution, distances=moved) != solution
+    assert replace(solution, scale=0.5) != solution
+    assert solution != "solution"
+
+
+def large(count: int) -> tuple[Plan, np.ndarray]:
+    """A plan of so many models beside their base, and points whose differences from it are nearly orthogonal."""
+    of = plan_by_hand([], [], inputs=count + 1)
+    fields = {name: getattr(of, name) for name in of.__dataclass_fields__}
+    group = GroupPlan(name="model", elements=ELEMENTS, coefficients=None)
+    return Plan(**{**fields, "groups": (group,)}), np.random.default_rng(0).normal(size=(count + 1, 60))
+
+
+@pytest.mark.parametrize("count", [64, 65])
+def test_cosines_are_for_families_that_people_can_read(count: int) -> None:
+    of, points_PE = large(count)
+    norms, cosines = geometry(of, solved(of, points_PE))
+    assert norms == pytest.approx(np.linalg.norm(points_PE[1:] - points_PE[0], axis=1).tolist(), rel=1e-12)
+    assert (cosines is None) == (count == 65)
+    assert cosines is None or (len(cosines), len(cosines[0])) == (64, 64)
+
+
+def test_every_far_model_is_named() -> None:
+    of, points_PE = large(9)
+    points_PE[[3, 7]] += 1e11
+    with pytest.raises(CheckpointError) as caught:
+        refuse_far(of, 0, squares(points_PE))
+    assert [problem.where.split(",")[0] for problem in caught.value.problems] == ["model m3", "model m7"]
+    refuse_far(of, 0, squares(points_PE[:3].repeat(4, axis=0)[:10]))

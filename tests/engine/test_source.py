@@ -244,19 +244,19 @@ def test_bytes_that_differ_from_the_first_read_are_found(family: Family, plan: P
     place = chunk(plan, "a", 10, 30)
     with source.lease(place, plan.points) as loaded:
         sums = [loaded.checksum(index) for index in range(4)]
-        source.check_sums(loaded, sums)
+        source.check_sums(loaded, sums, {})
     path = family.models[1] / "model.safetensors"
     raw = bytearray(path.read_bytes())
     raw[plan.tensors[place.tensor].sources[2].start + 4 * 29] ^= 1
     path.write_bytes(raw)
     with source.lease(place, plan.points) as loaded, pytest.raises(VerificationError) as caught:
-        source.check_sums(loaded, sums)
+        source.check_sums(loaded, sums, {})
     (problem,) = caught.value.problems
     assert problem.where == f"model {family.models[1]}, tensor a, file model.safetensors"
     assert "elements 10 to 30" in problem.what
     # The neighbouring chunk is as it was, and an input that is not loaded is not asked for.
     with source.lease(chunk(plan, "a", 0, 10), (0, 1)) as loaded:
-        source.check_sums(loaded, [loaded.checksum(0), loaded.checksum(1), 0, 0])
+        source.check_sums(loaded, [loaded.checksum(0), loaded.checksum(1), 0, 0], {})
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 import math
+import pickle
 from fractions import Fraction
 
 import numpy as np
@@ -83,6 +84,50 @@ def test_many_columns_and_rows_agree_with_fsum():
     assert exact_column_sums(rows[::-1]).tolist() == expected
 
 
+@pytest.mark.parametrize("columns", [255, 257, 1 << 14, (1 << 14) + 3])
+def test_sums_of_many_columns_are_those_of_fsum(columns):
+    """Few columns, many, and more than are added at a time; as one array and as a list of rows."""
+    rng = np.random.default_rng(columns)
+    rows = rng.standard_normal((5, columns)) * 2.0 ** rng.integers(-40, 40, (5, columns))
+    rows[1, ::3] = 0.0
+    rows[4, ::2] = -rows[3, ::2]
+    expected = [math.fsum(column) for column in rows.T]
+    assert exact_column_sums(rows).tolist() == expected
+    assert exact_column_sums(list(rows)).tolist() == expected
+    total = ExactSum(columns)
+    total.add(list(rows[:2]))
+    total.add(rows[2:])
+    assert total.total().tolist() == expected
+    assert len(total) == columns
+
+
+def test_one_row_is_its_own_sum_without_the_sign_of_a_zero():
+    row = np.array([-0.0, 5e-324, -1.5])
+    assert exact_column_sums(row[None]).tobytes() == np.array([0.0, 5e-324, -1.5]).tobytes()
+    assert exact_column_sums([row]).tobytes() == np.array([0.0, 5e-324, -1.5]).tobytes()
+
+
+def test_values_of_one_kind_need_few_digits():
+    total = ExactSum(1000)
+    total.add(np.random.default_rng(2).uniform(1e-9, 1e3, (300, 1000)))
+    assert total.nbytes <= 8 * 8 * 1000
+    again = pickle.loads(pickle.dumps(total))
+    assert np.array_equal(again.to_limbs(), total.to_limbs())
+    again.merge(total)
+    assert again.total().tolist() == (2 * total.total()).tolist()
+
+
+def test_digits_grow_downwards_and_upwards():
+    values = [1.0, 2.0**-1070, 2.0**1000, -(2.0**1000), 2.0**-1070, -1.0]
+    total = ExactSum(2)
+    for count, value in enumerate(values, start=1):
+        total.add([value, -value])
+        assert total.total().tolist() == [exact_total(values[:count]), -exact_total(values[:count])]
+    other = ExactSum(2)
+    other.merge(total)
+    assert other.total().tolist() == [2.0**-1069, -(2.0**-1069)]
+
+
 def test_carries_survive_many_equal_addends():
     total = ExactSum(1)
     total.add(np.full((300_000, 1), np.nextafter(2.0, 0.0)))
@@ -112,6 +157,8 @@ def test_wrong_shapes_are_refused():
         ExactSum(-1)
     with pytest.raises(ValueError, match="two-dimensional"):
         exact_column_sums([1.0])
+    with pytest.raises(ValueError, match="one length"):
+        exact_column_sums([np.zeros(3), np.zeros(4)])
 
 
 def test_a_sum_beyond_the_range_is_an_error_not_infinity():
@@ -120,6 +167,8 @@ def test_a_sum_beyond_the_range_is_an_error_not_infinity():
     total.add([1.7976931348623157e308])
     with pytest.raises(OverflowError):
         total.total()
+    with pytest.raises(OverflowError):
+        exact_column_sums(np.full((2, 300), 1.7976931348623157e308))
 
 
 def test_no_sums_at_all():

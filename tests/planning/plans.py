@@ -5,8 +5,9 @@ from pathlib import Path
 
 from pipeline.merging import load_recipe
 from pipeline.methods import registry
-from pipeline.planning.build import Sources, build_plan, open_sources
+from pipeline.planning.build import build_plan
 from pipeline.planning.plan import Input, Plan, Settings, Source, SourceFile, TensorPlan
+from pipeline.planning.sources import Sources, open_sources
 from tests.support.families import Family, make_family
 
 # Two layers, an embedding and a head: every kind of place a tensor can have, at few bytes.

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.errors import CheckpointError, PipelineError, RecipeError
 from pipeline.merging import load_recipe
-from pipeline.planning.build import open_sources
+from pipeline.planning.sources import open_sources
 from tests.planning.plans import SMALL_SHAPES, plan_and_sources, plan_of, small_family
 from tests.support.families import Family, make_family, save_model
 
@@ -169,7 +169,7 @@ def test_each_checkpoint_is_opened_once(family: Family) -> None:
     family.models.insert(1, family.base)
     sources = open_sources(load_recipe(str(family.recipe()))[0])
     assert sources.names == tuple(str(path) for path in (family.base, family.models[0], *family.models[2:]))
-    assert [checkpoint.url for checkpoint in sources.checkpoints] == list(sources.names)
+    assert [checkpoint.url for checkpoint in sources.members] == list(sources.names)
     assert sources.base == 0
     assert sources.models == (1, 0, 2, 3)
 
@@ -194,7 +194,7 @@ def test_one_file_for_a_small_model_many_for_small_files(tmp_path: Path) -> None
     parts, sources = plan_and_sources(family.recipe(pipeline={"scope": "block", "file_size": "40KB"}))
     assert len(parts.files) > 3
     assert all(file.size_bytes <= 40_000 for file in parts.files)
-    assert sum(file.size_bytes for file in parts.files) == sources.checkpoints[0].data_bytes
+    assert sum(file.size_bytes for file in parts.files) == sources.members[0].data_bytes
     layers = {parts.groups[parts.tensors[t].group].name for file in parts.files if file.fused for t in file.tensors}
     assert {"model.layers.0", "model.layers.1", "model.layers.2"} <= layers
     stream = plan_of(family.recipe(pipeline={"scope": "block", "distances": "stream"}))

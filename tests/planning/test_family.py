@@ -42,8 +42,8 @@ def test_a_family_keeps_the_references_order_and_knows_what_is_copied(tmp_path: 
     assert {item.name for item in family.tensors if not item.merged} == {"model.position_ids", "model.mask"}
     assert family.notes == ()
     for item in family.tensors:
-        assert item.shape == tuple(WEIGHTS[item.name].shape)
-        assert item.elements == WEIGHTS[item.name].numel()
+        assert item.reference.shape == tuple(WEIGHTS[item.name].shape)
+        assert item.reference.elements == WEIGHTS[item.name].numel()
         assert item.copies == ((), (), ())
         if item.merged:
             assert [entry.dtype for entry in item.entries] == ["F32", "F32", "BF16"]

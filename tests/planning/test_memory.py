@@ -113,9 +113,10 @@ def test_more_memory_never_buys_less() -> None:
 def test_retention_is_bounded_by_what_there_is_to_keep() -> None:
     of = plan()
     memory = project_memory(of, budget_bytes=10**13, threads=2)
-    everything = sum(item.elements for item in of.tensors) * 2 * 9
+    # The base is not read again.
+    everything = sum(item.elements for item in of.tensors) * 2 * 8
     assert memory.retained_bytes == everything
-    assert memory.terms["retained"] == everything + 20 * 3 * 9 * KEPT_OVERHEAD_BYTES
+    assert memory.terms["retained"] == everything + 20 * 3 * 8 * KEPT_OVERHEAD_BYTES
     assert memory.total_bytes < 2 * 10**9
     tight = project_memory(of, budget_bytes=smallest(of) + 100_000_000, threads=1)
     assert 0 < tight.retained_bytes < tight.terms["retained"] <= 100_000_000
@@ -126,7 +127,7 @@ def test_many_small_pieces_leave_less_room_for_their_bytes() -> None:
     items = [tensor(f"t{number}", KEPT_OVERHEAD_BYTES // 4, inputs=("F32",) * 3) for number in range(100)]
     of = plan_by_hand(items, lay_out(items, file_size_bytes=10**9, solve_in_file=False), inputs=3)
     memory = project_memory(of, budget_bytes=10**9, threads=1)
-    everything = 100 * 3 * KEPT_OVERHEAD_BYTES
+    everything = 100 * 2 * KEPT_OVERHEAD_BYTES
     assert (memory.retained_bytes, memory.terms["retained"]) == (everything, 2 * everything)
     tight = project_memory(of, budget_bytes=memory.total_bytes - everything, threads=1)
     assert (tight.retained_bytes, tight.terms["retained"]) == (everything // 2, everything)
@@ -168,12 +169,12 @@ def test_a_chunk_in_flight_is_every_input_and_the_output() -> None:
     )
     narrow = tensor("n", 10, dtype="BF16", inputs=("F32", "BF16", "BF16"))
     of = plan_by_hand([wide, narrow], [], chunk_elements=LENGTH)
-    # The widest of each input, its tied copy, the output, and a copy of each point in one dtype.
-    assert slot_bytes(of) == 1000 * ((4 + 4 + 8) + 4 + 4 + 3 * 8)
-    assert slot_bytes(plan_by_hand([wide, narrow], [], chunk_elements=100)) == 100 * (24 + 24)
+    # Each input, its tied copy, the output, and a copy of each point in one dtype, of the tensor that takes most.
+    assert slot_bytes(of) == 1000 * ((2 + 4 + 8) + 4 + 4 + 3 * 8)
+    assert slot_bytes(plan_by_hand([wide, narrow], [], chunk_elements=100)) == 100 * (22 + 24)
     # The copy is made once, whatever the reason.
-    assert slot_bytes(plan_by_hand([wide, narrow], [], chunk_elements=100, cast="F32")) == 100 * (24 + 24)
-    assert slot_bytes(plan_by_hand([wide, narrow], [], chunk_elements=100, non_finite="base")) == 100 * (24 + 24)
+    assert slot_bytes(plan_by_hand([wide, narrow], [], chunk_elements=100, cast="F32")) == 100 * (22 + 24)
+    assert slot_bytes(plan_by_hand([wide, narrow], [], chunk_elements=100, non_finite="base")) == 100 * (22 + 24)
     assert slot_bytes(plan_by_hand([], [])) == 0
 
 
@@ -196,8 +197,8 @@ def test_points_that_must_be_widened_count_a_copy(dtypes: tuple[str, ...], group
     item = tensor("t", 1000, dtype=dtypes[0], group=group, inputs=dtypes)
     alone = 1000 * (sum(widths[word] for word in dtypes) + widths[dtypes[0]] + 8 * copies)
     assert slot_bytes(plan_by_hand([item], [])) == alone
-    # One such tensor is enough, beside others of the widest type.
-    assert slot_bytes(plan_by_hand([plain, item], [])) == 1000 * (4 * 8 + 8 * copies)
+    # The tensor that takes most counts.
+    assert slot_bytes(plan_by_hand([plain, item], [])) == max(1000 * 4 * 8, alone)
     for words in ({"cast": "F32"}, {"non_finite": "base"}):
         assert slot_bytes(plan_by_hand([plain, item], [], **words)) == 1000 * (4 * 8 + 8 * 3)
 
@@ -206,4 +207,7 @@ def test_statistics_grow_with_the_chunks_of_the_largest_file_only() -> None:
     few, many = (project_memory(plan(tensors=n), budget_bytes=10**12, threads=1) for n in (4, 40))
     assert few.terms["statistics"] == many.terms["statistics"] > 0
     longer = project_memory(plan(tensors=4, elements=30 << 18), budget_bytes=10**12, threads=1)
-    assert longer.terms["statistics"] == 10 * few.terms["statistics"]
+    assert few.terms["statistics"] < longer.terms["statistics"] <= 10 * few.terms["statistics"]
+    # Distances go to storage in groups of rows: of a thousand chunks only the checksums and sums of distances stay.
+    longest = project_memory(plan(tensors=4, elements=3000 << 18), budget_bytes=10**12, threads=1)
+    assert longest.terms["statistics"] < 100 * longer.terms["statistics"]

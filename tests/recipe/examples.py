@@ -75,6 +75,20 @@ pipeline:
   non_finite: base
   bandwidth: 2GB
 """,
+    "adapters": r"""
+merge_method: linear
+base_model: models/base
+tokenizer_source: models/base+adapters/chat
+models:
+  - model: adapters/law
+  - model: models/base+adapters/chat
+  - model: {model: {path: "models/c++"}, lora: {path: adapters/x@home}}
+  - model: 's3://b@1/c\+\++s3://b/lora@2'
+  - model: models/other
+pipeline: {output: adapter, rank: 8}
+""",
+    "adapter as base": "merge_method: linear\nbase_model: a+b\nmodels: [{model: c}, {model: a+c}, {model: b}]",
+    "adapter in full": "merge_method: geometric_median\npipeline: {output: adapter, rank: }\nmodels: [{model: a}]",
     "named scope": """
 merge_method: geometric_median
 models: [{model: a}, {model: b}]

@@ -2,6 +2,7 @@
 
 _LINEAR = "merge_method: linear\nmodels: [{model: a}]\n"
 _MEDIAN = "merge_method: geometric_median\nmodels: [{model: a}]\n"
+_ADAPTER = _LINEAR + "pipeline:\n  output: adapter\n"
 _BASE = _MEDIAN + "base_model: base\n"
 # Each is a whole recipe, what must be said about it, and the line; a schema can see it too.
 REFUSED = {
@@ -59,12 +60,51 @@ REFUSED = {
         3,
     ),
     "empty path": ("merge_method: linear\nmodels: [{model: ' '}]", "must be the path or URL of a model", 2),
-    "adapter": ("merge_method: linear\nmodels:\n- model: a+lora", "adapters are not supported", 3),
-    "adapter behind a URL": ("merge_method: linear\nmodels:\n- model: s3://b/a+lora", "adapters are not supported", 3),
+    "two adapters": (
+        "merge_method: linear\nmodels:\n- model: a+b+c",
+        '`models[0].model` has more than one plus sign: "a+b+c"; a model is one base and one adapter (list each adapter'
+        r" as a model of its own; write a plus sign of a path as \+)",
+        3,
+    ),
+    "base with two adapters": (_LINEAR + "base_model: a+b+c", "`base_model` has more than one plus sign", 3),
+    "adapter without a base": (
+        "merge_method: linear\nmodels:\n- model: +b",
+        "a path on both sides of the plus sign",
+        3,
+    ),
+    "base without an adapter": ("merge_method: linear\nmodels:\n- model: s3://b/a+ ", 'sign, not "s3://b/a+"', 3),
+    "backslash of a path": (r"models: [{model: a\\+b\\+c}]" + "\nmerge_method: linear", "more than one plus sign", 1),
+    "revision of a base": ("merge_method: linear\nmodels:\n- model: org/name@v2+b", "asks for a revision", 3),
+    "revision of an adapter": ("merge_method: linear\nmodels:\n- model: a+org/b@v2", "asks for a revision", 3),
     "revision": ("merge_method: linear\nmodels:\n- model: org/name@v2", "asks for a revision", 3),
-    "adapter object": (
-        "merge_method: linear\nmodels: [{model: {model: {path: a}, lora: {path: b}}}]",
-        "asks for an adapter",
+    "adapter object without a base": (
+        "merge_method: linear\nmodels: [{model: {lora: {path: b}}}]",
+        "must be the path of a model or {model: {path: ...}}, with lora: {path: ...} for an adapter on it",
+        2,
+    ),
+    "adapter object without a path": (
+        "merge_method: linear\nmodels: [{model: {model: {path: a}, lora: {}}}]",
+        "has no path under `lora` (write lora: {path: ...})",
+        2,
+    ),
+    "adapter object of a wrong type": (
+        "merge_method: linear\nmodels: [{model: {model: {path: a}, lora: b}}]",
+        "has no path under `lora`",
+        2,
+    ),
+    "adapter revision object": (
+        "merge_method: linear\nmodels: [{model: {model: {path: a}, lora: {path: b, revision: c}}}]",
+        "asks for a revision",
+        2,
+    ),
+    "misspelt adapter object": (
+        "merge_method: linear\nmodels: [{model: {model: {path: a}, loar: {path: b}}}]",
+        "has the unknown key `loar` (did you mean `lora`?)",
+        2,
+    ),
+    "adapter inside the model object": (
+        "merge_method: linear\nmodels: [{model: {model: {path: a, lora: {path: b}}}}]",
+        "has the unknown key `lora`",
         2,
     ),
     "revision object": (
@@ -73,7 +113,7 @@ REFUSED = {
         2,
     ),
     "architecture object": (
-        "merge_method: linear\nmodels: [{model: {model: {path: a}, override_architecture: b}}]",
+        "merge_method: linear\nmodels: [{model: {model: {path: a}, lora: {path: c}, override_architecture: b}}]",
         "overrides the architecture",
         2,
     ),
@@ -118,6 +158,27 @@ REFUSED = {
     "bandwidth": (_LINEAR + "pipeline: {bandwidth: fast}", "`pipeline.bandwidth` must be a size", 3),
     "non-finite word": (_MEDIAN + "pipeline: {non_finite: bass}", "(did you mean `base`?)", 3),
     "non-finite without base": (_MEDIAN + "pipeline: {non_finite: base}", "needs a base model (add `base_model`)", 3),
+    "output word": (_LINEAR + "pipeline: {output: adaptor}", "(did you mean `adapter`?)", 3),
+    "output null": (_LINEAR + "pipeline: {output: }", "must be one of model, adapter, not nothing", 3),
+    "rank of a model": (
+        _LINEAR + "pipeline:\n  rank: 8",
+        "`pipeline.rank` needs `output: adapter`: a whole model has no rank (add `output: adapter` under `pipeline:`",
+        4,
+    ),
+    "rank zero": (
+        _ADAPTER + "  rank: 0",
+        "`pipeline.rank` must be a whole number greater than 0, not 0 (write for example 16)",
+        5,
+    ),
+    "rank negative": (_ADAPTER + "  rank: -8", "must be a whole number greater than 0, not -8", 5),
+    "rank fraction": (_ADAPTER + "  rank: 8.5", "must be a whole number greater than 0, not 8.5", 5),
+    "rank switch": (_ADAPTER + "  rank: true", "must be a whole number greater than 0, not true", 5),
+    "rank text": (_ADAPTER + "  rank: '8'", 'must be a whole number greater than 0, not "8"', 5),
+    "file size of an adapter": (
+        _ADAPTER + "  file_size: 5GB",
+        "`pipeline.file_size` has no meaning for `output: adapter`, which is always one file (leave it out)",
+        5,
+    ),
     "pipeline of a wrong type": (_MEDIAN + "pipeline: [1]", "`pipeline` must be a mapping, not a list", 3),
     "statistics key of linear": (
         _LINEAR + "pipeline:\n  scope: block",

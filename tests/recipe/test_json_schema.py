@@ -5,9 +5,12 @@ import json
 import jsonschema
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.recipe import ModelEntry, NamedPatterns, PipelineSettings, Recipe, recipe_schema
 from pipeline.recipe.content import keys_of
+from pipeline.recipe.values import RefusalError, read_model
 
 from .examples import ACCEPTED, METHODS, problems
 from .refused import REFUSED
@@ -49,9 +52,30 @@ def test_numbers_agree_with_the_reader(number: object, method: str) -> None:
     assert VALIDATOR.is_valid(recipe) == (problems(yaml.safe_dump(recipe)) == [])
 
 
-@pytest.mark.parametrize("path", ["a", "a+b", "a@b", "s3://a@b/c", "s3://a/b+c", "git+ssh://a/b", "", "~/x y", "c:/a"])
+# As YAML users meet them; the test below draws the odd ones.
+PLAIN_PATHS = ["a", "a@b", "s3://a@b/c", "git+ssh://a/b", "", "~/x y", "c:/a", "c:\\a\\", r"a\+b"]
+ADAPTER_PATHS = ["a+b", "s3://a/b+c", "+", "a+", "+b", "a+b+c", "a@1+b", "a+b@1", "a+s3://b@1", "s3://k:s+s@b/x"]
+
+
+@pytest.mark.parametrize("path", [*PLAIN_PATHS, *ADAPTER_PATHS])
 def test_paths_agree_with_the_reader(path: str) -> None:
     recipe = {"merge_method": "linear", "models": [{"model": path}]}
+    assert VALIDATOR.is_valid(recipe) == (problems(yaml.safe_dump(recipe)) == [])
+
+
+@given(st.text(alphabet="a\\+@:/ ", max_size=14))
+def test_any_notation_agrees_with_the_reader(model: str) -> None:
+    try:
+        read = read_model(model)
+    except RefusalError:
+        read = None
+    assert VALIDATOR.is_valid({"merge_method": "linear", "models": [{"model": model}]}) == (read is not None)
+
+
+@pytest.mark.parametrize("output", ["model", "adapter", None, "full"])
+@pytest.mark.parametrize("rank", [8, 0, -1, True, 1.5, "8", None])
+def test_ranks_agree_with_the_reader(output: object, rank: object) -> None:
+    recipe = {"merge_method": "linear", "models": [{"model": "a"}], "pipeline": {"output": output, "rank": rank}}
     assert VALIDATOR.is_valid(recipe) == (problems(yaml.safe_dump(recipe)) == [])
 
 

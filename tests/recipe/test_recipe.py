@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline.errors import RecipeError
-from pipeline.recipe import NamedPatterns, PipelineSettings, Recipe, canonical
+from pipeline.recipe import NamedPatterns, PipelineSettings, Recipe, canonical, split_model
 from pipeline.recipe.checks import STATISTICS_KEYS
 from pipeline.recipe.content import keys_of
 
@@ -46,7 +46,7 @@ def test_values_of_every_key() -> None:
     assert recipe.base_model == "s3://bucket/base@v1"
     assert (recipe.dtype, recipe.out_dtype, recipe.tokenizer_source) == ("float32", "bfloat16", "base")
     assert recipe.parameters == {"weight": 2.0}
-    assert [entry.model for entry in recipe.models] == ["s3://bucket/a", "./odd+name@home"]
+    assert [entry.model for entry in recipe.models] == ["s3://bucket/a", r"./odd\+name@home"]
     assert recipe.models[0].parameters == {"weight": 1e-5}
     assert recipe.pipeline == PipelineSettings(
         scope="block",
@@ -59,12 +59,27 @@ def test_values_of_every_key() -> None:
     )
 
 
+def test_adapters_are_read_in_both_notations() -> None:
+    recipe = parse(ACCEPTED["adapters"])
+    assert [split_model(entry.model) for entry in recipe.models] == [
+        ("adapters/law", None),
+        ("models/base", "adapters/chat"),
+        ("models/c++", "adapters/x@home"),
+        ("s3://b@1/c++", "s3://b/lora@2"),
+        ("models/other", None),
+    ]
+    assert recipe.tokenizer_source == recipe.models[1].model
+    assert (recipe.pipeline.output, recipe.pipeline.rank) == ("adapter", 8)
+    assert parse(ACCEPTED["adapter as base"]).base_model == "a+b"
+
+
 def test_defaults() -> None:
     recipe = parse(ACCEPTED["least"])
     assert recipe.pipeline == PipelineSettings()
     assert (recipe.pipeline.scope, recipe.pipeline.distances, recipe.pipeline.scale) == ("model", "gram", 1.0)
     assert (recipe.pipeline.tolerance, recipe.pipeline.file_size_bytes) == (1e-10, 5_000_000_000)
     assert (recipe.pipeline.non_finite, recipe.pipeline.bandwidth_bytes) == ("error", None)
+    assert (recipe.pipeline.output, recipe.pipeline.rank) == ("model", None)
     assert (recipe.base_model, recipe.dtype, recipe.out_dtype, recipe.tokenizer_source) == (None,) * 4
     assert recipe.parameters == recipe.models[0].parameters == {}
 
@@ -116,7 +131,7 @@ def test_all_problems_come_at_once_in_the_order_of_lines() -> None:
 merge_mehtod: linear
 merge_method: linear
 models:
-  - model: a+lora
+  - model: a+lora+lora
   - {model: a, parameters: {weight: [1, x]}}
   - model: ./a/
   - 7
@@ -146,6 +161,33 @@ def test_model_listed_twice_names_both_lines(second: str) -> None:
     assert problem.startswith("r.yaml:4: ")
 
 
+@pytest.mark.parametrize(
+    ("base", "one", "other", "same"),
+    [
+        ("b", "x/a", "b+x/a", True),
+        ("b/", "./b+./x/a/", "x/a", True),
+        ("b", "{model: {path: b}, lora: {path: x/a}}", "b+x/a", True),
+        ("b", "x/a", "c+x/a", False),
+        ("b+a", "b+a", "a", False),
+        ("b", "b", "b+b", True),
+        (r"b\+", "a", r"b\++a", True),
+        ("", "a", "b+a", False),
+    ],
+)
+def test_adapter_with_and_without_its_base_is_one_model(base: str, one: str, other: str, same: bool) -> None:
+    found = problems(f"merge_method: linear\nbase_model: {base}\nmodels:\n- model: {one}\n- model: {other}")
+    assert [("r.yaml:5: " in problem, "listed twice, first in line 4" in problem) for problem in found] == [
+        (True, True)
+    ] * same
+
+
+def test_output_and_rank_change_the_canonical_form() -> None:
+    text = "merge_method: linear\nmodels: [{model: a}]\npipeline: {output: adapter, rank: "
+    forms = [json.dumps(canonical(parse(text + rank + "}"))) for rank in ("", "8", "16")]
+    forms.append(json.dumps(canonical(parse(ACCEPTED["least"]))))
+    assert len(set(forms)) == 4
+
+
 def test_tokenizer_source_must_be_one_of_the_models() -> None:
     text = "merge_method: linear\nbase_model: zero\nmodels: [{model: ./first/}]\ntokenizer_source: "
     assert parse(text + "zero/").tokenizer_source == "zero"
@@ -159,6 +201,14 @@ def test_base_model_takes_the_spelling_of_the_list() -> None:
     assert parse("merge_method: linear\nbase_model: a/\nmodels: [{model: ./a}]").base_model == "./a"
 
 
+def test_tokenizer_source_may_be_an_adapter() -> None:
+    text = "merge_method: linear\nmodels: [{model: x+./a/}]\ntokenizer_source: "
+    assert parse(text + "./x+a").tokenizer_source == "x+./a/"
+    assert problems(text + "a") == [
+        "r.yaml:3: `tokenizer_source` is none of the models: a (known here: base, x+./a/)",
+    ]
+
+
 def test_credentials_stay_out_of_messages_and_of_the_canonical_form() -> None:
     url = "s3://key:secret@bucket/a?token=secret"
     recipe = parse(f"merge_method: linear\nbase_model: {url}\ntokenizer_source: {url}\nmodels: [{{model: '{url}'}}]")
@@ -170,14 +220,27 @@ def test_credentials_stay_out_of_messages_and_of_the_canonical_form() -> None:
     assert "secret" not in "".join(twice)
 
 
+def test_credentials_of_a_base_and_its_adapter_stay_out_of_the_canonical_form() -> None:
+    model = "s3://key:secret@bucket/a?token=secret+s3://key:secret@bucket/l?token=secret"
+    recipe = parse(
+        f"merge_method: linear\nbase_model: {model}\ntokenizer_source: {model}\nmodels: [{{model: '{model}'}}]"
+    )
+    assert split_model(recipe.models[0].model)[1] == "s3://key:secret@bucket/l?token=secret"
+    assert "secret" not in json.dumps(canonical(recipe))
+    assert canonical(recipe)["base_model"] == "s3://bucket/a+s3://bucket/l"
+
+
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_canonical_form_is_json_and_reads_back_equal(name: str) -> None:
-    recipe = parse(ACCEPTED[name].replace("odd+name@home", "odd"))
+    # As text a plain path cannot have an "@".
+    recipe = parse(ACCEPTED[name].replace("@home", ""))
     content = json.loads(json.dumps(canonical(recipe), allow_nan=False))
     assert list(content) == list(keys_of(Recipe))
     if not METHODS[recipe.merge_method].uses_statistics:
         for key in STATISTICS_KEYS:
             del content["pipeline"][key]
+    if recipe.pipeline.output == "adapter":
+        del content["pipeline"]["file_size"]
     again = parse(json.dumps(content))
     assert canonical(again) == canonical(recipe)
     assert again.pipeline == recipe.pipeline
@@ -200,7 +263,7 @@ _VALUES = st.recursive(
     | st.booleans()
     | st.integers(-3, 10**20)
     | st.floats()
-    | st.sampled_from(["a", "base", "norm", "1e-5", "", "x+y", "5GB", "model", "union", "*"]),
+    | st.sampled_from(["a", "base", "norm", "1e-5", "", "x+y", "x+y+z", "+", "5GB", "adapter", "model", "union", "*"]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(

@@ -87,6 +87,19 @@ def test_many_groups_are_a_table_of_groups_and_then_counted() -> None:
     assert "more groups" not in few
 
 
+def test_a_thousand_models_are_a_table_of_the_first_and_then_counted() -> None:
+    many = report() | {"models": [{"model": f"/m{number}"} for number in range(1000)]}
+    many["groups"][0] |= {"coefficients": [0.001] * 1000, "norms": [1.0] * 1000}
+    lines = model_card(many, RECIPE).splitlines()
+    assert sum(line.startswith("| /m") for line in lines) == 40
+    assert "… and 960 more models in the report." in lines
+    assert len(front_matter("\n".join(lines))["base_model"]) == 1001
+    many["groups"] = [many["groups"][0] | {"name": f"g{number}"} for number in range(3)]
+    lines = model_card(many, RECIPE).splitlines()
+    assert {line.count("|") for line in lines if line.startswith("|")} == {26}
+    assert "… and 976 more models in the report." in lines
+
+
 def test_every_table_has_rows_of_one_width() -> None:
     for groups in (1, 3):
         rows = [line for line in model_card(report(groups), RECIPE).splitlines() if line.startswith("|")]

@@ -1,0 +1,203 @@
+"""What one thread does with one chunk, or with the factors of one tensor: read, check, compute.
+
+Owns which bytes a chunk needs and which checks belong to which read. Knows nothing of order, groups' solutions or
+output files. Thread-safe.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+
+from pipeline.engine.chunk_math import (
+    MergedChunk,
+    chunk_checksums,
+    measure_chunk,
+    non_finite_error,
+    probe_chunk,
+    write_chunk,
+)
+from pipeline.engine.factor_math import (
+    Prepared,
+    low_ranks,
+    measure_factors,
+    probe_factors,
+    write_factors,
+    write_panel,
+)
+from pipeline.engine.run_folder import ChunkRow
+from pipeline.engine.solutions import Solution
+from pipeline.engine.source import ChunkSource, Loaded
+from pipeline.numerics.low_rank import LowRankCombination
+from pipeline.planning.grid import Chunk
+from pipeline.planning.plan import Plan
+from pipeline.planning.traffic import dense_inputs, factor_bytes, measured_inputs, merged_inputs, probed_points
+
+# By tensor and start, the hashes (I, int64) of a chunk's first read.
+Checksums = Mapping[tuple[int, int], np.ndarray]
+
+_NOTHING = Prepared(updates={}, checksums={}, combination=None)
+
+
+class ChunkTasks:
+    """The tasks of a worker's threads.
+
+    Args:
+        plan: The plan.
+        source: Where chunks and factors come from.
+        device: Where they are computed on.
+    """
+
+    def __init__(self, plan: Plan, source: ChunkSource, device: torch.device) -> None:
+        self._plan = plan
+        self._source = source
+        self._device = device
+        self._lock = threading.Lock()
+        self.done_bytes = 0
+
+    def read(self, tensor: int, *, keep: bool = True) -> Prepared:
+        """Return a tensor's updates, read for measuring; most tensors of most families have none.
+
+        Args:
+            tensor: Its index.
+            keep: Keep the factors for a second read, if there is room.
+        """
+        return self._read(tensor, keep=keep) if self._plan.tensors[tensor].updates else _NOTHING
+
+    def read_again(self, tensor: int, solution: Solution | None, checksums: Checksums) -> Prepared:
+        """Return a tensor's updates, read for merging, and their combination.
+
+        Args:
+            tensor: Its index.
+            solution: Of its group.
+            checksums: What the first read left; nothing for a method that measures nothing.
+
+        Raises:
+            VerificationError: The factors are not those of the first read.
+        """
+        planned = self._plan.tensors[tensor]
+        if not planned.updates:
+            return _NOTHING
+        prepared = self._read(tensor, drop=True)
+        if self._plan.settings.measured and planned.factored:
+            self._source.check_factor_sums(tensor, prepared.checksums, checksums[tensor, 0])
+        return self.combined(tensor, prepared, solution)
+
+    def combined(self, tensor: int, prepared: Prepared, solution: Solution | None, *, reused: bool = False) -> Prepared:
+        """Return the updates with their combination, where that is added to the base.
+
+        Args:
+            tensor: Its index.
+            prepared: What was read.
+            solution: Of its group.
+            reused: Whether it was read for measuring, and a second read is saved.
+        """
+        planned = self._plan.tensors[tensor]
+        if reused:
+            self._source.count_reused(factor_bytes(planned))
+        if solution is None or not planned.factored or planned.merged_rank is not None:
+            return prepared
+        points = [prepared.updates.get(index) for index in self._plan.points]
+        combination = LowRankCombination(points, solution.factors)
+        return Prepared(updates=prepared.updates, checksums=prepared.checksums, combination=combination)
+
+    def measure(self, chunk: Chunk, prepared: Prepared) -> tuple[ChunkRow, dict[int, int]]:
+        """Return a chunk's statistics and, by input index, how many values are not finite."""
+        plan = self._plan
+        if plan.tensors[chunk.tensor].factored:
+            sums = chunk_checksums(plan, None, prepared.checksums)
+            return measure_factors(plan, chunk.tensor, prepared.updates, sums), {}
+        with self._source.lease(chunk, measured_inputs(plan, chunk.tensor), keep=True) as loaded:
+            return self._measured(loaded, prepared)
+
+    def measure_and_merge(
+        self, chunk: Chunk, prepared: Prepared, solve: Callable[[ChunkRow], Solution | None]
+    ) -> tuple[ChunkRow, MergedChunk]:
+        """Return the statistics of a chunk that is all of its group, and the merged chunk, by one read.
+
+        Args:
+            chunk: Which.
+            prepared: The tensor's updates.
+            solve: Makes the group's solution from its only row.
+
+        Raises:
+            CheckpointError: A model is not finite.
+        """
+        plan = self._plan
+        again = merged_inputs(plan, chunk.tensor)
+        with self._source.lease(chunk, (*measured_inputs(plan, chunk.tensor), *again)) as loaded:
+            row, bad = self._measured(loaded, prepared)
+            if bad:
+                raise non_finite_error(plan, {(chunk.tensor, index): count for index, count in bad.items()})
+            solution = solve(row)
+            self._source.count_reused(sum(loaded.raw[index].nbytes for index in again))
+            return row, self._merged(loaded, solution, prepared)
+
+    def probe(self, chunk: Chunk, prepared: Prepared, coefficients_QN: np.ndarray) -> np.ndarray:
+        """Return Q·N squared distances and Q·Q products of one chunk, in one row."""
+        plan = self._plan
+        if plan.tensors[chunk.tensor].factored:
+            return probe_factors(plan, prepared.updates, coefficients_QN)
+        with self._source.lease(chunk, dense_inputs(plan, chunk.tensor, probed_points(plan)), keep=True) as loaded:
+            self._advance(loaded.nbytes)
+            return probe_chunk(plan, loaded, prepared.updates, coefficients_QN, self._device)
+
+    def merge(
+        self,
+        chunk: Chunk,
+        solution: Solution | None,
+        checksums: Checksums,
+        prepared: Prepared,
+    ) -> MergedChunk:
+        """Return a merged chunk.
+
+        Args:
+            chunk: Which.
+            solution: Of its group; None for a tensor that is copied.
+            checksums: What the first read left.
+            prepared: The tensor's updates, combined.
+
+        Raises:
+            VerificationError: Bytes differ from the first read, or a merged value overflows the output dtype.
+        """
+        plan = self._plan
+        tensor = plan.tensors[chunk.tensor]
+        if solution is not None and tensor.merged_rank is not None:
+            return write_factors(plan, chunk.tensor, prepared.updates, solution)
+        with self._source.lease(chunk, merged_inputs(plan, chunk.tensor), drop=True) as loaded:
+            if plan.settings.measured and tensor.shared is None:
+                self._source.check_sums(loaded, checksums[chunk.tensor, chunk.start], prepared.checksums)
+            else:
+                self._source.check_copies(loaded)
+            if solution is None:
+                self._source.check_agreement(loaded)
+            return self._merged(loaded, solution, prepared)
+
+    def _measured(self, loaded: Loaded, prepared: Prepared) -> tuple[ChunkRow, dict[int, int]]:
+        self._source.check_copies(loaded)
+        if self._plan.tensors[loaded.chunk.tensor].group < 0:
+            self._source.check_agreement(loaded)
+        sums = chunk_checksums(self._plan, loaded, prepared.checksums)
+        row = measure_chunk(self._plan, loaded, prepared.updates, sums, self._device)
+        self._advance(loaded.nbytes)
+        return row
+
+    def _merged(self, loaded: Loaded, solution: Solution | None, prepared: Prepared) -> MergedChunk:
+        self._advance(sum(loaded.raw[index].nbytes for index in merged_inputs(self._plan, loaded.chunk.tensor)))
+        if prepared.combination is not None:
+            return write_panel(self._plan, loaded, prepared.combination, self._device)
+        return write_chunk(self._plan, loaded, prepared.updates, solution, self._device)
+
+    def _read(self, tensor: int, *, keep: bool = False, drop: bool = False) -> Prepared:
+        loaded = self._source.factors(tensor, keep=keep, drop=drop)
+        updates = low_ranks(self._plan, loaded, self._device)
+        checksums = {index: loaded.checksum(index) for index in loaded.raw}
+        self._advance(loaded.nbytes)
+        return Prepared(updates=updates, checksums=checksums, combination=None)
+
+    def _advance(self, size_bytes: int) -> None:
+        with self._lock:
+            self.done_bytes += size_bytes

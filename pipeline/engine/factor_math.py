@@ -1,0 +1,183 @@
+"""One tensor's factors through the kernels: distances from them, and what they add to the base or to one another.
+
+Owns the translation between the plan's words and the arithmetic of low-rank updates. Legend: P points, N models,
+M × K the tensor's matrix, R a rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline.engine.chunk_math import MergedChunk, Updates, chunk_row, dense_values, refuse_non_finite
+from pipeline.engine.run_folder import ChunkRow
+from pipeline.engine.solutions import Solution
+from pipeline.engine.source import Loaded, LoadedFactors
+from pipeline.errors import CheckpointError, Problem, VerificationError
+from pipeline.numerics.dtypes import config_name, round_once, torch_dtype
+from pipeline.numerics.kernels import non_finite_counts
+from pipeline.numerics.low_rank import (
+    LowRank,
+    LowRankCombination,
+    distances_to,
+    measured_factors,
+    merged_factors,
+    pairwise_low_rank,
+)
+from pipeline.planning.plan import Plan, TensorPlan, Update
+from pipeline.planning.traffic import written_points
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What the chunks of one tensor share: its updates, their checksums, and their combination.
+
+    Attributes:
+        checksums: By input index.
+        combination: Of a tensor whose points differ by updates alone; None for others.
+    """
+
+    updates: Updates
+    checksums: dict[int, int]
+    combination: LowRankCombination | None
+
+
+def low_ranks(plan: Plan, loaded: LoadedFactors, device: torch.device) -> dict[int, LowRank]:
+    """Return a tensor's updates by input index.
+
+    Raises:
+        CheckpointError: A factor is not finite; names every such model.
+    """
+    tensor = plan.tensors[loaded.tensor]
+    problems = []
+    result = {}
+    for update in tensor.updates:
+        sides = _sides(tensor, update, loaded)
+        bad = sum(non_finite_counts(sides))
+        if bad:
+            problems.append(
+                Problem(
+                    what=f"{bad} values of its factors are NaN or infinite",
+                    where=f"model {plan.inputs[update.input].name}, tensor {tensor.name}",
+                    remedy="leave the adapter out",
+                )
+            )
+        left_MR, right_RK = (side.to(device) for side in sides)
+        result[update.input] = LowRank(left_MR=left_MR, right_RK=right_RK, scale=update.scale)
+    if problems:
+        raise CheckpointError(*problems)
+    return result
+
+
+def _sides(tensor: TensorPlan, update: Update, loaded: LoadedFactors) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the factors as M × R and R × K, views of the bytes read."""
+    left, *rest = loaded.raw[update.input]
+    left_MR = torch.from_numpy(left).view(torch_dtype(update.left.dtype))
+    if update.right is None:
+        return left_MR.reshape(tensor.rows, 1), torch.ones((1, 1), dtype=left_MR.dtype)
+    right_RK = torch.from_numpy(rest[0]).view(torch_dtype(update.right.dtype))
+    if update.transposed:
+        return left_MR.reshape(update.rank, tensor.rows).T, right_RK.reshape(tensor.columns, update.rank).T
+    return left_MR.reshape(tensor.rows, update.rank), right_RK.reshape(update.rank, tensor.columns)
+
+
+def measure_factors(plan: Plan, tensor: int, updates: Updates, checksums: tuple[int, ...]) -> ChunkRow:
+    """Return the statistics of a whole tensor from its updates; the values that they are added to cancel.
+
+    Raises:
+        VerificationError: A distance overflows.
+    """
+    distances_PP = pairwise_low_rank([updates.get(index) for index in plan.points])
+    planned = plan.tensors[tensor]
+    if not np.isfinite(distances_PP).all():
+        raise VerificationError(
+            Problem(
+                what="a distance overflows float64",
+                where=f"tensor {planned.name}",
+                remedy="leave out the adapter that has factors above 1e75",
+            )
+        )
+    unchanged_P = np.where(distances_PP[0] == 0.0, planned.elements, 0)
+    return chunk_row(plan, tensor, 0, distances_PP, unchanged_P, checksums)
+
+
+def probe_factors(plan: Plan, updates: Updates, coefficients_QN: np.ndarray) -> np.ndarray:
+    """Return Q·N squared distances and Q·Q products of one tensor, in one row."""
+    models = [updates.get(index) for index in plan.models]
+    combined = [_combined(models, row_N) for row_N in coefficients_QN]
+    squared_QN = np.stack([distances_to(combination, models) for combination in combined])
+    between_QQ = pairwise_low_rank(combined)
+    products_QQ = 0.5 * (between_QQ[0][:, None] + between_QQ[0][None, :] - between_QQ)
+    return np.concatenate([squared_QN.ravel(), products_QQ.ravel()])
+
+
+def _combined(updates: Sequence[LowRank | None], factors: Sequence[float]) -> LowRank:
+    """Return Σ aₚ·ΔWₚ as one update of rank Σr."""
+    merged = merged_factors(updates, factors, rank=None)
+    return LowRank(left_MR=merged.left_MR, right_RK=merged.right_RK, scale=1.0)
+
+
+def write_panel(plan: Plan, loaded: Loaded, combination: LowRankCombination, device: torch.device) -> MergedChunk:
+    """Return some rows of a tensor whose points differ by updates alone.
+
+    Raises:
+        VerificationError: A merged value overflows the output dtype.
+        CheckpointError: What the adapters stand on is not finite.
+    """
+    chunk = loaded.chunk
+    tensor = plan.tensors[chunk.tensor]
+    (held,) = loaded.raw
+    base_E = dense_values(plan, loaded, held, device)
+    rows = slice(chunk.start // tensor.columns, chunk.stop // tensor.columns)
+    result = combination.panel(base_E, rows, torch_dtype(tensor.dtype))
+    refuse_non_finite(plan, loaded, result.squared_rounding, [base_E])
+    return MergedChunk(
+        data=result.values_E.cpu().view(torch.uint8).numpy().data,
+        sums=_sums(plan, result.squared_distances_P, result.squared_rounding),
+    )
+
+
+def write_factors(plan: Plan, index: int, updates: Updates, solution: Solution) -> MergedChunk:
+    """Return the merged update of a tensor as the bytes of its two factors, left before right, each rounded once.
+
+    Raises:
+        VerificationError: A factor overflows the output dtype.
+    """
+    tensor = plan.tensors[index]
+    dtype = torch_dtype(tensor.dtype)
+    points = [updates.get(point) for point in plan.points]
+    merged = merged_factors(points, solution.factors, rank=plan.settings.rank)
+    exact = merged if plan.settings.rank is None else merged_factors(points, solution.factors, rank=None)
+    left_MR, right_RK = merged.left_MR, merged.right_RK
+    if tensor.merged_rank == 0:
+        # A bias is the sum of its columns; the row that they are multiplied by is one.
+        left_MR, right_RK = exact.left_MR.sum(dim=1, keepdim=True), exact.right_RK[:1]
+    left_MR, right_RK = round_once(left_MR, dtype), round_once(right_RK, dtype)
+    if not (torch.isfinite(left_MR).all() and torch.isfinite(right_RK).all()):
+        raise VerificationError(
+            Problem(
+                what=f"a factor of the merged update overflows {config_name(tensor.dtype)}",
+                where=f"tensor {tensor.name}",
+                remedy="choose a wider out_dtype, or a smaller scale",
+            )
+        )
+    written = LowRank(left_MR=left_MR, right_RK=right_RK, scale=1.0)
+    measured = measured_factors(written, exact, points)
+    transposed = tensor.updates[0].transposed
+    sides = (left_MR,) if tensor.merged_rank == 0 else (left_MR, right_RK)
+    stored = [(side.T if transposed else side).flatten().contiguous().cpu().view(torch.uint8).numpy() for side in sides]
+    return MergedChunk(
+        data=np.concatenate(stored).data,
+        sums=_sums(plan, measured.squared_distances_P, measured.squared_rounding),
+        discarded=merged.discarded_share,
+    )
+
+
+def _sums(plan: Plan, squared_P: np.ndarray, squared_rounding: float) -> tuple[float, ...]:
+    """Return a row of sums in the order of `MergedChunk`; no value of an update is ever replaced."""
+    skipped = len(plan.points) - len(written_points(plan))
+    squared = (0.0,) * skipped + tuple(squared_P[skipped:].tolist())
+    return (*squared, squared_rounding, *(0.0,) * len(plan.points))

@@ -1,0 +1,163 @@
+"""The models of a recipe, opened: full checkpoints, and adapters with the checkpoint that each stands on.
+
+Owns who plays which part: base, models, what adapters stand on. Legend: I inputs, N models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pipeline.checkpoints.adapter import is_adapter, open_adapter
+from pipeline.checkpoints.checkpoint import open_checkpoint
+from pipeline.errors import CheckpointError, PipelineError, Problem, RecipeError
+from pipeline.planning.adapters import Member
+from pipeline.recipe import Recipe
+from pipeline.recipe.references import join_model, model_key, split_model, without_credentials
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+# Folders opened at a time: enough to hide the latency of an object store, few for a disk.
+_OPENED_AT_ONCE = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """The open inputs of a recipe and who plays which part.
+
+    Attributes:
+        members: I open checkpoints and adapters; the first is a checkpoint, the base's or else the first model's.
+        names: I names as the recipe has them.
+        overs: Of each adapter, the index of the checkpoint it stands on; None for checkpoints.
+        base: Index of the base, or None.
+        models: N indices.
+    """
+
+    members: tuple[Member, ...]
+    names: tuple[str, ...]
+    overs: tuple[int | None, ...]
+    base: int | None
+    models: tuple[int, ...]
+
+    def donors(self, donor: int) -> tuple[Member, ...]:
+        """Return whose configuration and tokenizer are taken: a checkpoint, and the adapter over it if named."""
+        over = self.overs[donor]
+        return (self.members[donor],) if over is None else (self.members[over], self.members[donor])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reference:
+    """A model of the recipe, taken apart: the key of its checkpoint, and of its adapter where it has one."""
+
+    name: str
+    checkpoint: str
+    adapter: str | None
+
+
+def open_sources(recipe: Recipe) -> Sources:
+    """Open every checkpoint and adapter that a recipe names, headers only, each once.
+
+    Raises:
+        RecipeError: An adapter has no base model to stand on.
+        CheckpointError: What is wrong with any of them, all together.
+        StorageError: None of the errors was about the content.
+    """
+    names = [recipe.base_model] if recipe.base_model is not None else []
+    names += [entry.model for entry in recipe.models if entry.model not in names]
+    references = _references(recipe, names)
+    # Checkpoints first found first, adapters after them: the first input is always a checkpoint.
+    checkpoints = list(dict.fromkeys(reference.checkpoint for reference in references.values()))
+    order: list[tuple[str, str | None]] = [(path, None) for path in checkpoints]
+    order += dict.fromkeys((r.checkpoint, r.adapter) for r in references.values() if r.adapter is not None)
+    opened = _all(order, _open)
+    index = {key: number for number, key in enumerate(order)}
+    spelled = {(r.checkpoint, r.adapter): r.name for r in references.values()}
+    place = {name: index[r.checkpoint, r.adapter] for name, r in references.items()}
+    base = place[recipe.base_model] if recipe.base_model is not None else None
+    models = [place[entry.model] for entry in recipe.models]
+    if recipe.base_is_input and base is not None:
+        models.append(base)
+    return Sources(
+        members=tuple(opened),
+        names=tuple(spelled.get(key, join_model(key[0])) for key in order),
+        overs=tuple(None if adapter is None else index[path, None] for path, adapter in order),
+        base=base,
+        models=tuple(models),
+    )
+
+
+def _references(recipe: Recipe, names: list[str]) -> dict[str, _Reference]:
+    """Return the recipe's models by name, each taken apart; a plain adapter stands on the base model."""
+    plain = [name for name in names if split_model(name)[1] is None]
+    found = dict(zip(plain, _all(plain, lambda name: is_adapter(split_model(name)[0])), strict=True))
+    problems = [problem for name in plain if found[name] and (problem := _unsupported(recipe, name))]
+    if problems:
+        raise RecipeError(*problems)
+    spelling: dict[str, str] = {}
+    references = {}
+    for name in names:
+        path, adapter = split_model(name)
+        if found.get(name):
+            path, adapter = split_model(str(recipe.base_model))[0], path
+        # Equal folders are one input, however they are spelled.
+        path = spelling.setdefault(model_key(join_model(path)), path)
+        adapter = None if adapter is None else spelling.setdefault(model_key(join_model(adapter)), adapter)
+        references[name] = _Reference(name=name, checkpoint=path, adapter=adapter)
+    return references
+
+
+def _unsupported(recipe: Recipe, name: str) -> Problem | None:
+    """Return what is wrong with a plain adapter in this recipe: it needs a full base model."""
+    where = f"model {without_credentials(name)}"
+    if name == recipe.base_model:
+        return Problem(
+            what="is an adapter, which cannot be the base model by itself",
+            where=where,
+            remedy="write base_model: BASE+ADAPTER to start from the base with the adapter in it",
+        )
+    if recipe.base_model is None:
+        stated = open_adapter(split_model(name)[0]).base_name
+        trained = f" (the adapter was trained on {stated})" if stated else ""
+        return Problem(
+            what="is an adapter, and the recipe says nowhere what it stands on",
+            where=where,
+            remedy=f"add base_model{trained}, or write BASE+{without_credentials(name)}",
+        )
+    if split_model(recipe.base_model)[1] is not None:
+        return Problem(
+            what="is an adapter, and so is a part of the base model: it is not clear what it stands on",
+            where=where,
+            remedy=f"write BASE+{without_credentials(name)}",
+        )
+    return None
+
+
+def _open(key: tuple[str, str | None]) -> Member:
+    path, adapter = key
+    return open_checkpoint(path) if adapter is None else open_adapter(adapter)
+
+
+def _all(items: Sequence[S], task: Callable[[S], T]) -> list[T]:
+    """Return a task's results in order; what goes wrong with any item is raised together.
+
+    Raises:
+        CheckpointError: Problems of several kinds, or of one that is about content.
+        StorageError: All problems are about reading.
+    """
+
+    def attempt(item: S) -> T | PipelineError:
+        try:
+            return task(item)
+        except PipelineError as error:
+            return error
+
+    with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
+        results = list(pool.map(attempt, items))
+    errors = [result for result in results if isinstance(result, PipelineError)]
+    if errors:
+        problems = [problem for error in errors for problem in error.problems]
+        raise (type(errors[0]) if len({type(error) for error in errors}) == 1 else CheckpointError)(*problems)
+    return [result for result in results if not isinstance(result, PipelineError)]
