@@ -249,7 +249,7 @@ def _show_report(report: dict[str, Any], output: str) -> None:
 
     console = Console()
     groups = report["groups"]
-    table = Table(title=f"{report['method']} of {len(report['models'])} models")
+    table = Table(title=f"{report['method']} of {_counted(len(report['models']), 'model')}")
     table.add_column("model")
     table.add_column("weight", justify="right")
     table.add_column("coefficient" if len(groups) == 1 else "mean coefficient", justify="right")
@@ -259,12 +259,17 @@ def _show_report(report: dict[str, Any], output: str) -> None:
         shares = [group["coefficients"][row] for group in groups]
         norms = [group["norms"][row] for group in groups if group["norms"]]
         norm = [f"{sum(value**2 for value in norms) ** 0.5:.4g}"] if norms else []
-        table.add_row(model["model"], f"{report['weights'][row]:.4g}", f"{sum(shares) / len(shares):.6f}", *norm)
+        mean = f"{sum(shares) / len(shares):.6f}" if shares else ""
+        table.add_row(model["model"], f"{report['weights'][row]:.4g}", mean, *norm)
     console.print(table)
     if len(report["models"]) > _TABLE_ROWS:
         click.echo(f"and {len(report['models']) - _TABLE_ROWS} more models, in geomerge_report.json")
     gaps = [group["relative_gap"] for group in groups if group["relative_gap"] is not None]
     certificate = f"certified to a relative gap of {max(gaps):.1e}; " if gaps else ""
+    if report["rank"]:
+        certificate += (
+            f"rank {report['rank']} keeps {1.0 - report['discarded_energy']:.2%} of the update's squared norm; "
+        )
     scales = {group["scale"] for group in groups}
     scale = f"scale {max(scales):.4g}, " if len(scales) == 1 and scales != {1.0} else ""
     resumed = f" ({_counted(report['resumed_files'], 'file')} found done)" if report["resumed_files"] else ""

@@ -22,11 +22,20 @@ from pipeline.checkpoints.adapter_fit import (
 )
 from pipeline.checkpoints.adapter_names import Factors, raise_all, sort_tensors
 from pipeline.checkpoints.adapter_ties import shared_embeddings, tie_problems
-from pipeline.checkpoints.checkpoint import INDEX_FILE, PICKLES, SAFETENSORS, SINGLE_FILE, Checkpoint, SourceFile
+from pipeline.checkpoints.checkpoint import (
+    INDEX_FILE,
+    PICKLES,
+    SAFETENSORS,
+    SINGLE_FILE,
+    WHERE_MODELS_ARE,
+    Checkpoint,
+    SourceFile,
+)
 from pipeline.checkpoints.header import TensorEntry, read_header
-from pipeline.checkpoints.json_text import parse_object, refusal
+from pipeline.checkpoints.json_text import is_plain_text, parse_object, refusal
 from pipeline.errors import CheckpointError, Problem
 from pipeline.storage import MissingObject, Store, open_store
+from pipeline.storage.redaction import bare_name
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_FILE", "Adapter", "Factors", "Placement", "is_adapter", "open_adapter", "place"]
 
@@ -64,7 +73,7 @@ class Adapter:
     def base_name(self) -> str | None:
         """The model that it says it was trained on."""
         name = self.config.get("base_model_name_or_path")
-        return name if isinstance(name, str) and name else None
+        return bare_name(name) if isinstance(name, str) and is_plain_text(name) and name else None
 
     @property
     def data_bytes(self) -> int:
@@ -186,7 +195,7 @@ def place(adapter: Adapter, base: Checkpoint) -> Placement:
     aliases = _aliases(adapter, touched, base)
     missing = [name for name, target in touched.items() if target not in base.tensors and target not in aliases]
     problems = list(leftover_problems(missing, base.tensors, where))
-    turned = orientations(base.tensors)
+    turned = orientations(base.tensors, {touched[name]: factors for name, factors in adapter.updates.items()})
     updates = {}
     for name, factors in adapter.updates.items():
         if tensor := base.tensors.get(touched[name]):
@@ -227,9 +236,9 @@ def _notes(updates: Mapping[str, Factors], correction: Correction, settings: Lor
     """Return what was inferred."""
     notes = []
     if correction.removed:
-        notes.append(f"adapters name their modules {correction.removed}..., which their base leaves out")
+        notes.append(f"adapters name their modules {correction.removed}*, which their base leaves out")
     if correction.added:
-        notes.append(f"adapters name their modules without {correction.added}..., which their base has in front")
+        notes.append(f"adapters name their modules without {correction.added}*, which their base has in front")
     said = settings.fan_in_fan_out
     if any(factors.kind == "linear" and factors.transposed != said for factors in updates.values()):
         text = str(said).lower()
@@ -247,7 +256,10 @@ def _read_config(store: Store) -> dict[str, object]:
         raw = store.read(ADAPTER_CONFIG, 0, size_bytes)
     except MissingObject as error:
         remedy = "point to the folder that peft's save_pretrained wrote"
-        problem = Problem(what=f"is no adapter: it has no {ADAPTER_CONFIG}", where=store.location(), remedy=remedy)
+        what = f"is no adapter: it has no {ADAPTER_CONFIG}"
+        if not store.list():
+            what, remedy = "is empty or does not exist", WHERE_MODELS_ARE[store.is_local]
+        problem = Problem(what=what, where=store.location(), remedy=remedy)
         raise CheckpointError(problem) from error
     return parse_object(raw, where, strict=False)
 

@@ -75,6 +75,9 @@ _REFUSED: Mapping[str, str] = {
 _NEUTRAL_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 # Initialisations that subtract the factors' first value from the base.
 _MUTATING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Of one pattern: so many repetitions of anything take milliseconds on the longest names, more take for ever.
+_MOST_REPEATS = 4
+_LONGEST_PATTERN = 1000
 _BIASES = ("none", "all", "lora_only")
 
 
@@ -178,6 +181,9 @@ def _value_problems(config: Mapping[str, object]) -> Iterator[tuple[str, str]]:
             continue
         numbers += [(f"{name} of {short(key)}", value) for key, value in _pairs(config, name)]
         for key, _ in _pairs(config, name):
+            if _is_endless(key):
+                yield f"{name} has {short(key)}, which may take for ever to match", "name the modules in simpler words"
+                continue
             try:
                 _compiled(key)
             except (re.error, OverflowError, RecursionError) as error:
@@ -209,6 +215,35 @@ def _number(value: object) -> float | None:
 def _pairs(config: Mapping[str, object], name: str) -> tuple[tuple[str, object], ...]:
     found = config.get(name)
     return tuple(found.items()) if isinstance(found, Mapping) else ()
+
+
+def _is_endless(pattern: str) -> bool:
+    """Return whether matching may take exponential time: repetitions inside of repetitions, or many of them.
+
+    Errs on the safe side; the patterns that peft's users write are names with a range or two.
+    """
+    groups, repeats, in_set = [False], 0, False
+    previous = ""
+    for index, letter in enumerate(pattern):
+        if previous == "\\":
+            previous = ""
+            continue
+        if in_set:
+            in_set = letter != "]"
+        elif letter == "[":
+            in_set = True
+        elif letter == "(":
+            groups.append(False)
+        elif letter == ")" and len(groups) > 1:
+            inner = groups.pop()
+            if inner and pattern[index + 1 : index + 2] in ("*", "+", "{"):
+                return True
+            groups[-1] = groups[-1] or inner
+        elif letter in "*+{":
+            groups[-1] = True
+            repeats += 1
+        previous = letter
+    return repeats > _MOST_REPEATS or len(pattern) > _LONGEST_PATTERN
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

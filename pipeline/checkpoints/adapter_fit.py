@@ -78,16 +78,22 @@ def leftover_problems(names: Sequence[str], base: Mapping[str, TensorEntry], whe
     )
 
 
-def orientations(base: Mapping[str, TensorEntry]) -> dict[str, bool | None]:
+def orientations(
+    base: Mapping[str, TensorEntry], updates: Mapping[str, Factors]
+) -> tuple[dict[str, bool | None], dict[str, bool | None]]:
     """Return, for module paths of the base, whether the linear weights below are stored as (in, out).
 
-    A weight that is not square tells it by its bias, which has the length of the outputs. A path below which both are
-    found is None.
+    A weight that is not square tells it by its bias, which has the length of the outputs; or by an update, which fits
+    one way round. A path below which both are found is None. The model as a whole tells nothing: a head is no block.
 
     Args:
         base: The base's tensors.
+        updates: Of an adapter, by the base's names.
+
+    Returns:
+        What the base's biases tell, and what these or the updates tell.
     """
-    found: dict[str, bool | None] = {}
+    by_bias: dict[str, bool | None] = {}
     for name, entry in base.items():
         path, _, leaf = name.rpartition(".")
         bias = base.get(f"{path}.bias")
@@ -95,16 +101,29 @@ def orientations(base: Mapping[str, TensorEntry]) -> dict[str, bool | None]:
             continue
         if bias.shape not in (entry.shape[:1], entry.shape[1:]):
             continue
-        flipped = bias.shape == entry.shape[1:]
-        while True:
-            found[path] = flipped if found.get(path, flipped) == flipped else None
-            if not path:
-                break
-            path = path.rpartition(".")[0]
-    return found
+        _note_orientation(by_bias, path, bias.shape == entry.shape[1:])
+    told = dict(by_bias)
+    for name, factors in updates.items():
+        shape = _shape(factors)
+        tensor = base.get(name)
+        if factors.kind == "linear" and tensor is not None and len(shape) == 2 and shape[0] != shape[1]:
+            _note_orientation(told, name.rpartition(".")[0], tensor.shape != shape)
+    return by_bias, told
 
 
-def oriented(factors: Factors, tensor: TensorEntry, turned: Mapping[str, bool | None], *, said: bool) -> Factors:
+def _note_orientation(found: dict[str, bool | None], path: str, flipped: bool) -> None:
+    while path:
+        found[path] = flipped if found.get(path, flipped) == flipped else None
+        path = path.rpartition(".")[0]
+
+
+def oriented(
+    factors: Factors,
+    tensor: TensorEntry,
+    turned: tuple[Mapping[str, bool | None], Mapping[str, bool | None]],
+    *,
+    said: bool,
+) -> Factors:
     """Return a linear update as the base stores the weight; peft asks the kind of the layer, headers must infer it.
 
     Args:
@@ -116,16 +135,21 @@ def oriented(factors: Factors, tensor: TensorEntry, turned: Mapping[str, bool | 
     if factors.kind != "linear" or factors.right is None or len(tensor.shape) != 2:
         return factors
     rows, columns = factors.left.shape[0], factors.right.shape[1]
-    path = tensor.name.rpartition(".")[0]
-    while path and path not in turned:
-        path = path.rpartition(".")[0]
-    known = turned.get(path)
+    by_bias, told = (_nearest(found, tensor.name) for found in turned)
     if rows == columns:
-        flip = said if known is None else known
+        flip = said if told is None else told
     else:
         # Where the shape fits only one way round it decides, unless nothing else speaks for the turned one.
-        flip = tensor.shape == (columns, rows) and (said or known is True)
+        flip = tensor.shape == (columns, rows) and (said or by_bias is True)
     return dataclasses.replace(factors, left=factors.right, right=factors.left, transposed=True) if flip else factors
+
+
+def _nearest(found: Mapping[str, bool | None], name: str) -> bool | None:
+    """Return what is known at the lowest path above a tensor."""
+    path = name.rpartition(".")[0]
+    while path and path not in found:
+        path = path.rpartition(".")[0]
+    return found.get(path)
 
 
 def update_problems(factors: Factors, tensor: TensorEntry, where: str) -> Iterator[Problem]:

@@ -76,12 +76,14 @@ def sort_tensors(
     whole: dict[str, TensorEntry] = {}
     problems: list[Problem] = []
     names = {name.removeprefix(PREFIX) for name in tensors}
+    saved: set[str | None] = set()
     for entry in tensors.values():
         name = entry.name.removeprefix(PREFIX)
         match = _FACTOR.fullmatch(name) or _EMBEDDING.fullmatch(name)
         if match:
             leaf = ".bias" if match.groupdict().get("leaf") == "bias" else ""
             held, key = slots.setdefault(match["module"], {}), match["slot"] + leaf
+            saved.add(match["adapter"])
         elif _is_passive(name, names):
             continue
         elif any(part.startswith("lora_") for part in name.split(".")):
@@ -98,6 +100,11 @@ def sort_tensors(
         problems += mistakes
         if not mistakes:
             updates |= _factors(module, found, settings)
+    if len(saved) > 1:
+        listed = ", ".join(sorted(short(name or "") for name in saved))
+        problems.append(
+            Problem(what=f"has factors of several adapters: {listed}", where=where, remedy="save one adapter a folder")
+        )
     if not problems and not updates and not whole:
         problems.append(Problem(what="has no tensors", where=where, remedy="save the adapter again"))
     raise_all(problems)

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from pipeline.checkpoints.adapter_fit import Correction
 from pipeline.checkpoints.adapter_names import PREFIX, Factors
+from pipeline.storage.redaction import bare_name
 
 # peft's word for an adapter without factors.
 _NO_MODULES = "dummy-target-modules"
@@ -89,6 +90,8 @@ def merged_config(
     # Anchored, so that peft's search for a matching end finds this module alone.
     pattern = {"^" + re.escape(module): rank for module, rank in ranks.items() if rank != common}
     config: dict[str, object] = {name: donor[name] for name in _KEPT if name in donor}
+    if isinstance(stated := config.get("base_model_name_or_path"), str):
+        config["base_model_name_or_path"] = bare_name(stated)
     config |= {
         "peft_type": "LORA",
         "r": common,

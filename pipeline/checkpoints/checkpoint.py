@@ -21,6 +21,11 @@ INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# What to do about a folder that is not there, by whether it is a local one.
+WHERE_MODELS_ARE = {
+    True: "check the path; a model of the Hugging Face hub must be downloaded first, by `hf download`",
+    False: "check the path and the credentials",
+}
 # Requests in flight for headers: enough to hide the latency of an object store, few for a disk.
 _HEADERS_AT_ONCE = 8
 # An index of a million tensors; anything larger is no index.
@@ -198,7 +203,7 @@ def _single_file(store: Store) -> str:
         )
     if names:
         raise refusal(where, f"has no {SINGLE_FILE} and no {INDEX_FILE}", "point to the folder that has them")
-    raise refusal(where, "is empty or does not exist", "check the path, and the credentials for a remote one")
+    raise refusal(where, "is empty or does not exist", WHERE_MODELS_ARE[store.is_local])
 
 
 def _read_headers(store: Store, paths: tuple[str, ...]) -> tuple[Header, ...]:

@@ -59,9 +59,9 @@ def measure_rates(plan: Plan, memory: Memory, *, workers: int) -> Rates | None:
             if plan.settings.measured:
                 chunks = _first([plan.measured_chunks(index) for index in largest])
                 found: list[ChunkRow] = []
-                first = _rate(worker, worker.measured, chunks, found)
+                first = 0.0 if not chunks else _rate(worker, worker.measured, chunks, found)
                 checksums = {(row.tensor, row.start): row.checksums for row in found}
-                largest = [index for index in largest if (index, 0) in checksums]
+                largest = [index for index in largest if plan.tensors[index].unchanged or (index, 0) in checksums]
             chunks = _first([plan.written_chunks(index) for index in largest])
             second = _rate(worker, lambda some: worker.merged(some, even, checksums), chunks, [])
     finally:

@@ -5,7 +5,7 @@ Owns the translation between the plan's words and the kernels' arrays. Legend: P
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,12 +32,12 @@ class MergedChunk:
     Attributes:
         sums: P squared distances from the points, the squared rounding, and how many values of each of the P points
             were replaced by the base's; entries of points that the writing pass does not read are 0. Empty for a copy.
-        discarded: Of truncated factors, the share of the squared norm that was cut off.
+        discarded: Of stored factors, the squared norm that truncation cut off, and the whole.
     """
 
     data: memoryview
     sums: tuple[float, ...]
-    discarded: float | None = None
+    discarded: tuple[float, float] | None = None
 
 
 def measure_chunk(
@@ -55,8 +55,7 @@ def measure_chunk(
     result = pairwise_distances(points)
     bad: dict[int, int] = {}
     if not np.isfinite(result.distances_PP).all():
-        counts = non_finite_counts(points)
-        bad = {index: number for index, number in zip(plan.points, counts, strict=True) if number}
+        bad = _not_finite_inputs(plan, loaded, plan.points, points)
         if not bad:
             remedy = "leave out the model that has values above 1e150"
             raise _overflow(plan, loaded, "a distance overflows float64", remedy)
@@ -144,14 +143,31 @@ def refuse_non_finite(plan: Plan, loaded: Loaded, squared_rounding: float, point
     """
     if np.isfinite(squared_rounding):
         return
-    counts = non_finite_counts(points)
     inputs = written_points(plan)
     if len(points) < len(inputs):
         inputs = dense_inputs(plan, loaded.chunk.tensor, inputs)
-    if any(counts):
-        raise _not_finite(plan, loaded, dict(zip(inputs, counts, strict=True)))
+    if bad := _not_finite_inputs(plan, loaded, inputs, points):
+        raise _not_finite(plan, loaded, bad)
     what = f"a merged value overflows {config_name(plan.tensors[loaded.chunk.tensor].dtype)}"
     raise _overflow(plan, loaded, what, "choose a wider out_dtype, or a smaller scale")
+
+
+def _not_finite_inputs(
+    plan: Plan, loaded: Loaded, indices: Sequence[int], points: Sequence[torch.Tensor]
+) -> dict[int, int]:
+    """Return, by the input that is to blame, how many values of a chunk are not finite.
+
+    A point of an adapter is not finite because of what it stands on, or because the sum with its update overflows.
+    """
+    bad = {}
+    for index, number in zip(indices, non_finite_counts(points), strict=True):
+        held = plan.dense_input(loaded.chunk.tensor, index)
+        if number and held != index:
+            whole = non_finite_counts([dense_values(plan, loaded, held, points[0].device)])[0]
+            index, number = (held, whole) if whole else (index, number)
+        if number:
+            bad[index] = number
+    return bad
 
 
 def dense_values(plan: Plan, loaded: Loaded, index: int, device: torch.device) -> torch.Tensor:
@@ -207,6 +223,8 @@ def non_finite_remedy(plan: Plan, index: int) -> str:
     """Return what helps against values of one input that are not finite."""
     if index == plan.base and index not in plan.models:
         return "repair the base model, or take another"
+    if index not in plan.points:
+        return "repair it, or leave out the adapters that stand on it"
     if plan.base is None:
         return "leave the model out"
     return "leave the model out, or set pipeline: {non_finite: base} to take the base's values there"

@@ -331,5 +331,5 @@ def _from_marker(data: Mapping[str, Any]) -> WrittenFile:
         squared_rounding={int(group): value for group, value in data["squared_rounding"].items()},
         replaced=tuple(data["replaced"]),
         solutions=tuple(solution_from_json(entry) for entry in data["solutions"]),
-        discarded={int(tensor): share for tensor, share in data["discarded"].items()},
+        discarded={int(tensor): (cut, whole) for tensor, (cut, whole) in data["discarded"].items()},
     )

@@ -6,7 +6,6 @@ M × K the tensor's matrix, R a rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +21,6 @@ from pipeline.numerics.kernels import non_finite_counts
 from pipeline.numerics.low_rank import (
     LowRank,
     LowRankCombination,
-    distances_to,
     measured_factors,
     merged_factors,
     pairwise_low_rank,
@@ -100,24 +98,39 @@ def measure_factors(plan: Plan, tensor: int, updates: Updates, checksums: tuple[
                 remedy="leave out the adapter that has factors above 1e75",
             )
         )
-    unchanged_P = np.where(distances_PP[0] == 0.0, planned.elements, 0)
+    unchanged_P = np.array([_untouched(planned, updates.get(index)) for index in plan.points])
+    if plan.points[0] in updates:
+        # Against a point with an update of its own, elements that are equal are not worth finding.
+        unchanged_P = np.where(distances_PP[0] == 0.0, planned.elements, 0)
     return chunk_row(plan, tensor, 0, distances_PP, unchanged_P, checksums)
 
 
+def _untouched(tensor: TensorPlan, update: LowRank | None) -> int:
+    """Return how many elements an update leaves as they are: those of rows and columns where a factor is zero."""
+    if update is None:
+        return tensor.elements
+    rows = int((update.left_MR != 0).any(dim=1).sum())
+    columns = int((update.right_RK != 0).any(dim=0).sum())
+    return tensor.elements - rows * columns
+
+
 def probe_factors(plan: Plan, updates: Updates, coefficients_QN: np.ndarray) -> np.ndarray:
-    """Return Q·N squared distances and Q·Q products of one tensor, in one row."""
-    models = [updates.get(index) for index in plan.models]
-    combined = [_combined(models, row_N) for row_N in coefficients_QN]
-    squared_QN = np.stack([distances_to(combination, models) for combination in combined])
-    between_QQ = pairwise_low_rank(combined)
-    products_QQ = 0.5 * (between_QQ[0][:, None] + between_QQ[0][None, :] - between_QQ)
+    """Return Q·N squared distances and Q·Q products of one tensor, in one row.
+
+    They follow from the distances of the models, which are taken from the factors again each time. The distance from
+    model k is formed without its own coefficient, as sums over the others relative to k: nothing cancels near it.
+    """
+    distances_NN = pairwise_low_rank([updates.get(index) for index in plan.models])
+    squared_QN = np.empty_like(coefficients_QN)
+    for squared_N, coefficients_N in zip(squared_QN, coefficients_QN, strict=True):
+        others_NN = np.tile(coefficients_N, (len(coefficients_N), 1))
+        np.fill_diagonal(others_NN, 0.0)
+        reached_NN = others_NN @ distances_NN
+        pulls_N = np.diagonal(reached_NN) * others_NN.sum(axis=1)
+        squared_N[:] = np.maximum(pulls_N - 0.5 * (reached_NN * others_NN).sum(axis=1), 0.0)
+    steps_QN = coefficients_QN - coefficients_QN[0]
+    products_QQ = -0.5 * steps_QN @ distances_NN @ steps_QN.T
     return np.concatenate([squared_QN.ravel(), products_QQ.ravel()])
-
-
-def _combined(updates: Sequence[LowRank | None], factors: Sequence[float]) -> LowRank:
-    """Return Σ aₚ·ΔWₚ as one update of rank Σr."""
-    merged = merged_factors(updates, factors, rank=None)
-    return LowRank(left_MR=merged.left_MR, right_RK=merged.right_RK, scale=1.0)
 
 
 def write_panel(plan: Plan, loaded: Loaded, combination: LowRankCombination, device: torch.device) -> MergedChunk:
@@ -149,7 +162,10 @@ def write_factors(plan: Plan, index: int, updates: Updates, solution: Solution) 
     tensor = plan.tensors[index]
     dtype = torch_dtype(tensor.dtype)
     points = [updates.get(point) for point in plan.points]
-    merged = merged_factors(points, solution.factors, rank=plan.settings.rank)
+    try:
+        merged = merged_factors(points, solution.factors, rank=plan.settings.rank)
+    except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+        raise _overflowing(tensor, "the merged update overflows float64") from error
     exact = merged if plan.settings.rank is None else merged_factors(points, solution.factors, rank=None)
     left_MR, right_RK = merged.left_MR, merged.right_RK
     if tensor.merged_rank == 0:
@@ -157,13 +173,7 @@ def write_factors(plan: Plan, index: int, updates: Updates, solution: Solution) 
         left_MR, right_RK = exact.left_MR.sum(dim=1, keepdim=True), exact.right_RK[:1]
     left_MR, right_RK = round_once(left_MR, dtype), round_once(right_RK, dtype)
     if not (torch.isfinite(left_MR).all() and torch.isfinite(right_RK).all()):
-        raise VerificationError(
-            Problem(
-                what=f"a factor of the merged update overflows {config_name(tensor.dtype)}",
-                where=f"tensor {tensor.name}",
-                remedy="choose a wider out_dtype, or a smaller scale",
-            )
-        )
+        raise _overflowing(tensor, f"a factor of the merged update overflows {config_name(tensor.dtype)}")
     written = LowRank(left_MR=left_MR, right_RK=right_RK, scale=1.0)
     measured = measured_factors(written, exact, points)
     transposed = tensor.updates[0].transposed
@@ -172,7 +182,7 @@ def write_factors(plan: Plan, index: int, updates: Updates, solution: Solution) 
     return MergedChunk(
         data=np.concatenate(stored).data,
         sums=_sums(plan, measured.squared_distances_P, measured.squared_rounding),
-        discarded=merged.discarded_share,
+        discarded=(merged.discarded_square, merged.square),
     )
 
 
@@ -181,3 +191,8 @@ def _sums(plan: Plan, squared_P: np.ndarray, squared_rounding: float) -> tuple[f
     skipped = len(plan.points) - len(written_points(plan))
     squared = (0.0,) * skipped + tuple(squared_P[skipped:].tolist())
     return (*squared, squared_rounding, *(0.0,) * len(plan.points))
+
+
+def _overflowing(tensor: TensorPlan, what: str) -> VerificationError:
+    remedy = "choose a wider out_dtype, or a smaller scale, or leave out the adapter that has huge factors"
+    return VerificationError(Problem(what=what, where=f"tensor {tensor.name}", remedy=remedy))

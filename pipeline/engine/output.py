@@ -171,7 +171,8 @@ def is_committed(output: Store, plan: Mapping[str, Any]) -> bool:
         output: The folder.
         plan: The JSON form of the plan in it.
     """
-    return output.exists(_COMMITS[plan["settings"]["output"]])
+    # Plans of earlier versions know models only.
+    return output.exists(_COMMITS[plan["settings"].get("output", "model")])
 
 
 def index(plan: Plan) -> dict[str, object]:

@@ -75,7 +75,7 @@ def _name_problems(plan: Mapping[str, Any], found: Mapping[str, TensorEntry]) ->
     wanted = {
         stored["name"]: (list(stored["shape"]), tensor["dtype"])
         for tensor in plan["tensors"]
-        for stored in tensor["stored"] or (tensor,)
+        for stored in tensor.get("stored") or (tensor,)
     }
     for name, (shape, dtype) in wanted.items():
         entry = found.get(name)

@@ -55,7 +55,7 @@ class WrittenFile:
         squared_rounding: By group, the sum over this file of ‖written − exact‖².
         replaced: By point, how many values were not finite and taken from the base.
         solutions: The groups that were solved here (a fused file).
-        discarded: By tensor that is stored as factors, the share of the squared norm that their truncation cut off.
+        discarded: By tensor that is stored as factors, the squared norm that truncation cut off, and the whole.
     """
 
     file: int
@@ -66,7 +66,7 @@ class WrittenFile:
     squared_rounding: Mapping[int, float]
     replaced: tuple[int, ...]
     solutions: tuple[Solution, ...]
-    discarded: Mapping[int, float]
+    discarded: Mapping[int, tuple[float, float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +163,7 @@ class ShardWorker:
         )
         partial: dict[int, list[tuple[float, ...]]] = {}
         saved = RowsWriter(self._output, layout.name, plan.fingerprint)
-        discarded: dict[int, float] = {}
+        discarded: dict[int, tuple[float, float]] = {}
         header = [(e.name, plan.tensors[t].dtype, e.shape) for t in layout.tensors for e in plan.tensors[t].entries]
         writer = SafetensorsWriter(self._output.open_writer(layout.name), header, {"format": "pt"})
         chunks = iter(plan.chunks(file))
@@ -362,5 +362,5 @@ def marker(result: WrittenFile) -> dict[str, object]:
         "squared_rounding": {str(group): value for group, value in result.squared_rounding.items()},
         "replaced": list(result.replaced),
         "solutions": [solution.to_json() for solution in result.solutions],
-        "discarded": {str(tensor): share for tensor, share in result.discarded.items()},
+        "discarded": {str(tensor): list(squares) for tensor, squares in result.discarded.items()},
     }

@@ -247,6 +247,8 @@ class _Loop:
         own = _unit(self.weights.size, index)
         first = yield Probe(coefficients_PN=own[None])
         distances = np.sqrt(first.squared_distances_PN[0])
+        # It lies at itself, whatever the rounding of what was measured.
+        distances[index] = 0.0
         rates = np.divide(self.weights, distances, out=np.zeros_like(distances), where=distances > 0.0)
         others = rates / math.fsum(rates.tolist())
         second = yield Probe(coefficients_PN=np.stack([own, others]))

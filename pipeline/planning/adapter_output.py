@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from pipeline.checkpoints.adapter import Adapter
 from pipeline.checkpoints.adapter_fit import Correction
@@ -39,7 +39,9 @@ def adapter_family(family: Family, sources: Sources) -> Family:
                 Problem(
                     what="is a full model: the merge of this family is no low-rank update of a base",
                     where=f"model {without_credentials(sources.names[index])}",
-                    remedy="leave pipeline.output out to write a full model, or list adapters only",
+                    remedy="give each model its own weight: one for all models counts for the base too"
+                    if index == sources.base
+                    else "leave pipeline.output out to write a full model, or list adapters only",
                 )
             )
     if not problems and len(overs) > 1:
@@ -81,8 +83,8 @@ def adapter_family(family: Family, sources: Sources) -> Family:
 
 def _refuse_partial_biases(family: Family) -> None:
     """Raise when some adapted modules have a bias on B and others have none: peft wants it for all or none."""
-    biased = {_module(aligned, family) for aligned in family.tensors if _is_bias(aligned)}
-    plain = {_module(aligned, family) for aligned in family.tensors if aligned.updates and not _is_bias(aligned)}
+    biased = {module_name(aligned, family) for aligned in family.tensors if _is_bias(aligned)}
+    plain = {module_name(aligned, family) for aligned in family.tensors if aligned.updates and not _is_bias(aligned)}
     if biased and biased != plain:
         raise CheckpointError(
             Problem(
@@ -115,7 +117,7 @@ def refuse_sums(groups: Sequence[GroupPlan]) -> None:
 
 
 def stored_as(
-    aligned: Aligned, family: Family, rank: int | None, *, factored: bool
+    aligned: Aligned, family: Family, rank: int | None, *, factored: bool, wrapped: Collection[str]
 ) -> tuple[tuple[Stored, ...], int | None]:
     """Return what a merged adapter stores of a tensor, and the rank of its factors.
 
@@ -126,12 +128,12 @@ def stored_as(
         family: Its family; the first adapter's names are the merged one's.
         rank: The recipe's, or None for the exact one.
         factored: Whether the adapters do nothing but add to it.
+        wrapped: Modules that are stored as factors: peft gives their other tensors another name.
     """
     shape = aligned.reference.shape
     if not factored:
-        wrapped = {_module(other, family) for other in family.tensors if other.updates}
         return (Stored(name=replaced_name(aligned.name, wrapped, family.correction), shape=shape),), None
-    factors = dataclasses.replace(aligned.updates[0][1], module=_module(aligned, family))
+    factors = dataclasses.replace(aligned.updates[0][1], module=module_name(aligned, family))
     names = factor_names(factors)
     if factors.right is None:
         return (Stored(name=names[0], shape=shape),), 0
@@ -142,7 +144,7 @@ def stored_as(
     return tuple(Stored(name=name, shape=part) for name, part in zip(names, shapes, strict=True)), merged
 
 
-def _module(aligned: Aligned, family: Family) -> str:
+def module_name(aligned: Aligned, family: Family) -> str:
     """Return the path of a tensor's module in the words of the first adapter."""
     return (family.correction or Correction()).to_adapter(aligned.name).rpartition(".")[0]
 

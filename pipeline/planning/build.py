@@ -14,7 +14,7 @@ from pipeline.checkpoints.sidecars import has_tokenizer
 from pipeline.errors import CheckpointError, Problem, RecipeError
 from pipeline.methods.base import Method
 from pipeline.numerics.dtypes import header_name, promote
-from pipeline.planning.adapter_output import adapter_family, refuse_sums, stored_as
+from pipeline.planning.adapter_output import adapter_family, module_name, refuse_sums, stored_as
 from pipeline.planning.adapters import Member, align_members
 from pipeline.planning.blocks import group_names, layer_count, layer_of
 from pipeline.planning.family import Aligned, Family
@@ -53,8 +53,10 @@ def build_plan(recipe: Recipe, method: Method, sources: Sources) -> Plan:
     if as_adapter:
         refuse_sums(groups)
     positions = [{file.path: number for number, file in enumerate(member.files)} for member in sources.members]
+    factored = zip(family.tensors, shared, strict=True)
+    wrapped = frozenset(module_name(a, family) for a, stands in factored if stands is not None and a.updates)
     tensors = tuple(
-        _tensor(recipe, family, aligned, sources, positions, group=group, shared=stands)
+        _tensor(recipe, family, aligned, sources, positions, wrapped, group=group, shared=stands)
         for aligned, group, stands in zip(family.tensors, group_of, shared, strict=True)
     )
     widest = max((1 if tensor.shared is not None else len(sources.members) for tensor in tensors), default=1)
@@ -102,6 +104,7 @@ def _tensor(
     aligned: Aligned,
     sources: Sources,
     positions: Sequence[Mapping[str, int]],
+    wrapped: frozenset[str],
     *,
     group: int,
     shared: int | None,
@@ -110,7 +113,7 @@ def _tensor(
     stored: tuple[Stored, ...] = ()
     merged_rank = None
     if recipe.pipeline.output == "adapter":
-        stored, merged_rank = stored_as(aligned, family, recipe.pipeline.rank, factored=factored)
+        stored, merged_rank = stored_as(aligned, family, recipe.pipeline.rank, factored=factored, wrapped=wrapped)
     return TensorPlan(
         name=aligned.name,
         shape=aligned.reference.shape,
@@ -169,9 +172,12 @@ def _groups(
         fixed = dict.fromkeys(labels)
         # What no adapter touches is the base's, whatever the coefficients: nothing to measure, nothing to solve.
         idle = [stands is not None and not aligned.updates for aligned, stands in merged]
-        labels = [UNCHANGED if untouched else label for label, untouched in zip(labels, idle, strict=True)]
+        name = UNCHANGED
+        while name in labels:
+            name += "_"
+        labels = [name if untouched else label for label, untouched in zip(labels, idle, strict=True)]
         if any(idle):
-            fixed[UNCHANGED] = tuple(weight / math.fsum(weights) for weight in weights)
+            fixed[name] = tuple(weight / math.fsum(weights) for weight in weights)
     else:
         per_tensor = [
             method.coefficients(recipe, tensor=name, layer=layer_of(name), layers=layers)  # type: ignore[attr-defined]

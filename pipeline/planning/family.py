@@ -86,6 +86,8 @@ def align(checkpoints: Sequence[Checkpoint]) -> Family:
         problems += quantization_problems(checkpoint)
         problems += _unreadable(checkpoint)
     for checkpoint in checkpoints[1:]:
+        if adapter_problems(checkpoint):
+            continue  # said already; what its names and shapes are not follows from that
         problems += _name_problems(reference, checkpoint, aliases)
         problems += _shape_problems(reference, checkpoint, aliases)
     config_problems, notes = compare_configs(checkpoints)

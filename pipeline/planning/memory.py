@@ -74,7 +74,8 @@ def _slot_bytes(plan: Plan, index: int) -> int:
         return length * inputs + tensor.stored_bytes
     # The kernels also make a copy of each point where they are not of one dtype; 8 bytes an element bounds it.
     copies = plan.settings.cast or plan.settings.non_finite == "base" or _is_mixed(tensor)
-    points = 1 if tensor.shared is not None else len(plan.points)
+    # Values that adapters stand on are cast beside the points that are made of them.
+    points = 1 if tensor.shared is not None else len(plan.points) + (len(read) if tensor.updates else 0)
     return length * (inputs + DTYPES[tensor.dtype].bits // 8 + (8 * points if copies else 0))
 
 

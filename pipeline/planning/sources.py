@@ -78,6 +78,10 @@ def open_sources(recipe: Recipe) -> Sources:
     place = {name: index[r.checkpoint, r.adapter] for name, r in references.items()}
     base = place[recipe.base_model] if recipe.base_model is not None else None
     models = [place[entry.model] for entry in recipe.models]
+    over = {order[number][0] for number in models if order[number][1] is not None}
+    if base is None and len(over) == 1 and all(order[number][1] is not None for number in models):
+        # All are adapters over one checkpoint, which is their base whether the recipe says so or not.
+        base = index[over.pop(), None]
     if recipe.base_is_input and base is not None:
         models.append(base)
     return Sources(
@@ -94,6 +98,17 @@ def _references(recipe: Recipe, names: list[str]) -> dict[str, _Reference]:
     plain = [name for name in names if split_model(name)[1] is None]
     found = dict(zip(plain, _all(plain, lambda name: is_adapter(split_model(name)[0])), strict=True))
     problems = [problem for name in plain if found[name] and (problem := _unsupported(recipe, name))]
+    lefts = {split_model(name)[0]: name for name in names if split_model(name)[1] is not None}
+    stacked = zip(lefts.items(), _all(list(lefts), is_adapter), strict=True)
+    problems += [
+        Problem(
+            what="puts an adapter on an adapter; the left side must be a full model",
+            where=f"model {without_credentials(name)}",
+            remedy="list each adapter as a model of its own, or write BASE+ADAPTER",
+        )
+        for (_, name), adapter in stacked
+        if adapter
+    ]
     if problems:
         raise RecipeError(*problems)
     spelling: dict[str, str] = {}

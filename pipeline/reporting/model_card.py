@@ -63,10 +63,15 @@ def _sentence(report: dict[str, Any]) -> str:
     count = len(report["models"])
     if report["method"] != "geometric_median":
         return f"The weighted average of {count} models."
-    worst = max((group["relative_gap"] for group in report["groups"]), default=0.0)
+    if not report["groups"]:
+        return f"What all {count} models have in common: they do not differ."
+    worst = max(group["relative_gap"] for group in report["groups"])
     scopes = {"model": "the full parameter vector", "block": "each block", "tensor": "each tensor"}
     over = scopes.get(report["scope"], "each group of tensors")
     certified = f"certified optimal to a relative gap of {worst:.1e} before rounding to the output's dtype"
+    if report["rank"]:
+        kept = 1.0 - report["discarded_energy"]
+        certified += f" and truncation to rank {report['rank']}, which keeps {kept:.2%} of its squared norm"
     median = f"The geometric median of {count} models over {over}, {certified}."
     scales = sorted({group["scale"] for group in report["groups"]})
     if scales == [1.0]:
@@ -78,6 +83,8 @@ def _sentence(report: dict[str, Any]) -> str:
 def _table(report: dict[str, Any], models: list[str]) -> list[str]:
     """Return the coefficients: one row a group, or where there is one group only, one row a model."""
     groups = report["groups"]
+    if not groups:
+        return ["All models have the same values: nothing was solved."]
     if len(groups) > 1:
         shown = min(len(models), _COLUMNS)
         rows = [

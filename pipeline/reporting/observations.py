@@ -34,13 +34,14 @@ def observations(plan: Plan, outcome: Outcome) -> list[str]:
 
 def _cut_off(plan: Plan, outcome: Outcome) -> list[str]:
     """Return a sentence on what the truncation of a merged adapter's factors has cost."""
-    shares = {index: share for record in outcome.written for index, share in record.discarded.items()}
+    squares = {index: pair for record in outcome.written for index, pair in record.discarded.items()}
+    shares = {index: cut / whole if whole > 0.0 else 0.0 for index, (cut, whole) in squares.items()}
     if plan.settings.rank is None or not shares:
         return []
     worst = max(shares, key=lambda index: shares[index])
     return [
         f"rank {plan.settings.rank} cuts off at most {shares[worst]:.2%} of the squared norm of a module's update,"
-        f" in {plan.tensors[worst].name}"
+        f" in {plan.tensors[worst].name}; the exact rank is {max(sum(u.rank for u in t.updates) for t in plan.tensors)}"
     ]
 
 

@@ -36,7 +36,11 @@ def plan_summary(
         "elements": sum(tensor.elements for tensor in plan.tensors),
         "chunk_elements": plan.chunk_elements,
         "chunks": sum(len(plan.chunks(file)) for file in range(len(plan.files))),
-        "groups": [{"name": group.name, "elements": group.elements} for group in plan.groups],
+        "groups": [
+            {"name": group.name, "elements": group.elements}
+            for group in plan.groups
+            if group.coefficients is None or not plan.settings.measured
+        ],
         "files": [
             {"name": file.name, "tensors": len(file.tensors), "bytes": file.size_bytes, "one_read": file.fused}
             for file in plan.files

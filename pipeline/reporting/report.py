@@ -5,6 +5,7 @@ Owns the report's schema. Keys are only ever added within one schema number. Leg
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,8 @@ def build_report(
         input_bytes: Bytes of one full read of all inputs, the unit of `passes`.
         unchanged_shares: By model, the share of elements that equal the base's, where that was measured.
     """
-    discarded = {tensor: share for record in outcome.written for tensor, share in record.discarded.items()}
+    discarded = {tensor: squares for record in outcome.written for tensor, squares in record.discarded.items()}
+    whole = [math.fsum(column) for column in zip(*discarded.values(), strict=True)] if discarded else [0.0, 0.0]
     return {
         "schema": REPORT_SCHEMA,
         "version": __version__,
@@ -50,12 +52,14 @@ def build_report(
         ],
         "weights": list(plan.weights),
         "groups": [_group(plan, outcome, solution) for solution in outcome.solutions if _has_say(plan, solution)],
+        "rank": plan.settings.rank,
+        # Of the squared norm of the merged update; 0 unless the recipe truncates.
+        "discarded_energy": discarded_share(whole),
         "modules": [
             {
                 "tensor": tensor.name,
                 "rank": tensor.merged_rank,
-                # Of the squared norm of the merged update; 0 unless the recipe truncates.
-                "discarded_energy": discarded[index],
+                "discarded_energy": discarded_share(discarded[index]),
             }
             for index, tensor in enumerate(plan.tensors)
             if tensor.merged_rank
@@ -76,6 +80,12 @@ def build_report(
             {"name": record.name, "bytes": record.size_bytes, "sha256": record.sha256} for record in outcome.written
         ],
     }
+
+
+def discarded_share(squares: Sequence[float]) -> float:
+    """Return the share of a squared norm that truncation cut off, from that part and the whole."""
+    cut, whole = squares
+    return cut / whole if whole > 0.0 else 0.0
 
 
 def _has_say(plan: Plan, solution: Solution) -> bool:

@@ -23,6 +23,17 @@ def shown_url(url: str) -> str:
     return bare if bare.endswith("://") else bare.rstrip("/")
 
 
+def bare_name(name: str) -> str:
+    """Return a name that may be a URL without all that could be a credential in it, and perhaps more."""
+    scheme, mark, rest = name.partition("://")
+    if not mark:
+        scheme, rest = "", name
+    user, at, place = rest.rpartition("@")
+    # Without a scheme an @ may also stand before a revision; a password has a colon before it.
+    rest = place if at and (mark or ":" in user) else rest
+    return scheme + mark + re.split(r"[?#]", rest, maxsplit=1)[0]
+
+
 def secrets_of(url: str, options: Mapping[str, object]) -> tuple[str, ...]:
     """Return every text in a URL and in filesystem options that must not be shown, longest first."""
     # A chained URL ("simplecache::https://…") has its parts behind the last "::".

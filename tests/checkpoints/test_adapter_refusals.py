@@ -126,6 +126,10 @@ def test_every_field_of_peft_is_known() -> None:
         ({"rank_pattern": {"q_(proj": 2}}, ("'q_(proj'", "no regular expression")),
         ({"rank_pattern": ["q_proj"]}, ("rank_pattern is ['q_proj']",)),
         ({"alpha_pattern": {"q_proj": None}}, ("alpha_pattern of 'q_proj' is None",)),
+        ({"alpha_pattern": {"(.*)*(.*)*X": 4}}, ("may take for ever to match",)),
+        ({"alpha_pattern": {"([a-z.0-9_]+)+X": 4}}, ("may take for ever to match",)),
+        ({"rank_pattern": {"((a|b+)c){3}": 4}}, ("may take for ever to match",)),
+        ({"rank_pattern": {".*.*.*.*.*q_proj": 4}}, ("may take for ever to match",)),
         ({"use_rslora": "yes"}, ("use_rslora is 'yes'",)),
         ({"fan_in_fan_out": 1}, ("fan_in_fan_out is 1",)),
         ({"bias": "some"}, ("bias is 'some'", "lora_only")),
@@ -147,6 +151,11 @@ def test_a_broken_config(folder: Path, text: str) -> None:
     refused(folder, ADAPTER_CONFIG)
 
 
+def test_factors_of_two_adapters_are_not_paired(folder: Path) -> None:
+    names = {f"{Q}.lora_A.weight": f"{Q}.lora_A.foo.weight", f"{Q}.lora_B.weight": f"{Q}.lora_B.bar.weight"}
+    refused(rewrite(folder, lambda name: names.get(name, name)), "factors of several adapters", "'bar'", "'foo'")
+
+
 def test_weights_that_are_not_there(folder: Path, tmp_path: Path) -> None:
     weights = folder / ADAPTER_FILE
     other = weights.rename(folder / "pytorch_lora_weights.safetensors")
@@ -158,8 +167,9 @@ def test_weights_that_are_not_there(folder: Path, tmp_path: Path) -> None:
     (folder / "adapter_model.bin").unlink()
     refused(folder, "has no adapter_model.safetensors", "again")
     (folder / ADAPTER_CONFIG).unlink()
+    (folder / "notes.txt").write_text("")
     refused(folder, "it has no adapter_config.json", "save_pretrained")
-    refused(tmp_path / "nowhere", "it has no adapter_config.json")
+    refused(tmp_path / "nowhere", "is empty or does not exist", "check the path")
 
 
 def test_an_adapter_beside_a_full_model_is_not_guessed(folder: Path) -> None:

@@ -217,7 +217,7 @@ def test_exact_factors_are_the_updates_side_by_side(dtype: torch.dtype) -> None:
     merged = merged_factors(updates, weights, rank=None)
     assert merged.left_MR.shape == (30, 15)
     assert merged.singular_values is None
-    assert merged.discarded_share == 0.0
+    assert merged.discarded_square == 0.0
     assert merged.left_MR.dtype == merged.right_RK.dtype == torch.float64
     present = [one for one in updates if one is not None]
     # The right factors are copies, those of a weight of zero too.
@@ -263,7 +263,8 @@ def test_a_truncated_combination_is_the_nearest_of_its_rank(
     full = np.tensordot(weights, dense(updates, rows, columns), axes=1)
     values = np.linalg.svd(full, compute_uv=False)
     assert merged.singular_values == pytest.approx(values[:kept], rel=1e-12, abs=1e-13 * values[0])
-    assert merged.discarded_share == pytest.approx((values[kept:] ** 2).sum() / (values**2).sum(), rel=1e-11, abs=1e-27)
+    assert merged.discarded_square == pytest.approx((values[kept:] ** 2).sum(), rel=1e-11, abs=1e-26)
+    assert merged.square == pytest.approx((values**2).sum(), rel=1e-11)
     error = np.linalg.norm(full - (merged.left_MR @ merged.right_RK).numpy())
     assert error == pytest.approx(np.linalg.norm(values[kept:]), rel=1e-11, abs=1e-13 * values[0])
     # √σ on both sides, and the larger entries of the left vectors positive.
@@ -281,7 +282,7 @@ def test_a_combination_of_nothing_truncates_to_zero_factors() -> None:
     assert merged.left_MR.shape == (8, 4)
     assert not (merged.left_MR @ merged.right_RK).any()
     assert merged.singular_values == (0.0,) * 4
-    assert merged.discarded_share == 0.0
+    assert merged.discarded_square == 0.0
 
 
 def test_what_cannot_be_combined_is_refused() -> None:

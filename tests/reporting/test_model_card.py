@@ -24,6 +24,7 @@ def report(groups: int = 1, **keys: object) -> dict[str, Any]:
     ]
     models = [{"model": "/a: b"}, {"model": "s3://bucket/c"}]
     facts = {"method": "geometric_median", "scope": "model", "base_model": "/base", "notes": ["look out"]}
+    facts |= {"output": "model", "rank": None, "discarded_energy": 0.0}
     return {**facts, "models": models, "groups": entries, **keys}
 
 
@@ -93,7 +94,8 @@ def test_a_thousand_models_are_a_table_of_the_first_and_then_counted() -> None:
     lines = model_card(many, RECIPE).splitlines()
     assert sum(line.startswith("| /m") for line in lines) == 40
     assert "… and 960 more models in the report." in lines
-    assert len(front_matter("\n".join(lines))["base_model"]) == 1001
+    # The hub draws a line to each of these: not to a thousand.
+    assert front_matter("\n".join(lines))["base_model"] == ["/base"]
     many["groups"] = [many["groups"][0] | {"name": f"g{number}"} for number in range(3)]
     lines = model_card(many, RECIPE).splitlines()
     assert {line.count("|") for line in lines if line.startswith("|")} == {26}
@@ -117,3 +119,14 @@ def test_but_without_credentials() -> None:
     assert "hunter2" not in card
     assert "ftp://host/a" in card
     assert "https://h/b" in card
+
+
+def test_an_adapter_names_its_base_alone_and_what_it_lost() -> None:
+    card = model_card(report(output="adapter", rank=8, discarded_energy=0.25), RECIPE)
+    assert front_matter(card) == {"library_name": "peft", "tags": ["merge", "geomerge"], "base_model": ["/base"]}
+    assert "# Merged adapter" in card
+    assert "truncation to rank 8, which keeps 75.00% of its squared norm" in card
+
+
+def test_a_merge_without_a_group_has_no_table() -> None:
+    assert "nothing was solved" in model_card(report(groups=0), RECIPE)

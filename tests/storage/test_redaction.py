@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.storage.redaction import redacted, secrets_of, shown_url
+from pipeline.storage.redaction import bare_name, redacted, secrets_of, shown_url
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,19 @@ def test_a_password_never_survives(password: str, path: str) -> None:
     url = f"sftp://user:{password}@host/{path}"
     assert shown_url(url) == f"sftp://host/{path}"
     assert password not in redacted(f"<{password}> at {url}", secrets_of(url, {})).replace("host", "").replace(path, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("s3://KEY:SEC/RET@bucket/base?token=T", "s3://bucket/base"),
+        ("s3://KEY:SE@CRET@bucket/base", "s3://bucket/base"),
+        ("https://hub/base#token=T", "https://hub/base"),
+        ("KEY:SECRET@bucket/base", "bucket/base"),
+        ("/mnt/base?token=T", "/mnt/base"),
+        ("org/name@revision", "org/name@revision"),
+        ("meta/llama-3", "meta/llama-3"),
+    ],
+)
+def test_a_bare_name_holds_no_credentials(name: str, shown: str) -> None:
+    assert bare_name(name) == shown

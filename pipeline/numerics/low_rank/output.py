@@ -20,6 +20,8 @@ from pipeline.numerics.kernels import CANCELLATION, Combined
 from pipeline.numerics.low_rank.distances import distances_to, pair_distance
 from pipeline.numerics.low_rank.factors import LowRank, Stack, dense_rows, part_rows, spans, truncated_rank
 
+# The square of float64's unit roundoff.
+_ROUNDED_SQUARE = 2.0**-106
 # The square of so many right factors, 8 MiB in float64, is made in one piece.
 _SHARED_RANKS = 1 << 10
 
@@ -74,6 +76,9 @@ class LowRankCombination:
             exact_MK = torch.where(shift_MK == 0, -0.0, shift_MK).add_(wide_MK, alpha=self._total)
             values_MK[part] = round_once(exact_MK.view(-1), dtype).view(exact_MK.shape)
             written_MK = values_MK[part].to(torch.float64)
+            if dtype == torch.float64:
+                # What is called exact here is rounded itself, to the type of the output.
+                rounding += exact_MK.square().sum() * _ROUNDED_SQUARE
             rounding += exact_MK.sub_(written_MK).square_().sum()
             moved_MK = torch.sub(written_MK, wide_MK, out=shift_MK)
             square += moved_MK.square().sum()
@@ -134,13 +139,15 @@ class MergedFactors:
         left_MR: float64.
         right_RK: float64.
         singular_values: The R that are kept, in falling order; None if the factors are exact.
-        discarded_share: Σ σ² of those that are not kept over Σ σ² of all: the squared relative error of the product.
+        discarded_square: Σ σ² of those that are not kept: the squared error of the product.
+        square: Σ σ² of all: the squared norm of the exact product; 0 of exact factors, where it is not asked for.
     """
 
     left_MR: torch.Tensor
     right_RK: torch.Tensor
     singular_values: tuple[float, ...] | None
-    discarded_share: float
+    discarded_square: float
+    square: float
 
 
 def merged_factors(updates: Sequence[LowRank | None], factors_P: Sequence[float], *, rank: int | None) -> MergedFactors:
@@ -167,7 +174,7 @@ def merged_factors(updates: Sequence[LowRank | None], factors_P: Sequence[float]
     left_MR = stack.left(everything, slice(0, stack.rows)) * weights_R
     right_RK = stack.right(everything, slice(0, stack.columns))
     if rank is None:
-        return MergedFactors(left_MR=left_MR, right_RK=right_RK, singular_values=None, discarded_share=0.0)
+        return MergedFactors(left_MR=left_MR, right_RK=right_RK, singular_values=None, discarded_square=0.0, square=0.0)
     left_basis, left_core = _reduced(left_MR)
     right_basis, right_core = _reduced(right_RK.T)
     core = left_core @ right_core.T
@@ -182,12 +189,12 @@ def merged_factors(updates: Sequence[LowRank | None], factors_P: Sequence[float]
         right_vectors = right_vectors @ right_basis.T
     roots_R = values[:kept].sqrt()
     signed_R = roots_R * _signs(left_vectors)
-    total = float(values.square().sum())
     return MergedFactors(
         left_MR=left_vectors * signed_R,
         right_RK=right_vectors * signed_R[:, None],
         singular_values=tuple(values[:kept].tolist()),
-        discarded_share=float(values[kept:].square().sum()) / total if total > 0.0 else 0.0,
+        discarded_square=float(values[kept:].square().sum()),
+        square=float(values.square().sum()),
     )
 
 
