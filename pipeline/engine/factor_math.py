@@ -172,10 +172,10 @@ def write_factors(plan: Plan, index: int, updates: Updates, solution: Solution) 
         # A bias is the sum of its columns; the row that they are multiplied by is one.
         left_MR, right_RK = exact.left_MR.sum(dim=1, keepdim=True), exact.right_RK[:1]
     left_MR, right_RK = round_once(left_MR, dtype), round_once(right_RK, dtype)
-    if not (torch.isfinite(left_MR).all() and torch.isfinite(right_RK).all()):
-        raise _overflowing(tensor, f"a factor of the merged update overflows {config_name(tensor.dtype)}")
     written = LowRank(left_MR=left_MR, right_RK=right_RK, scale=1.0)
     measured = measured_factors(written, exact, points)
+    if not (np.isfinite(measured.squared_rounding) and np.isfinite(measured.squared_distances_P).all()):
+        raise _overflowing(tensor, f"a factor of the merged update overflows {config_name(tensor.dtype)}")
     transposed = tensor.updates[0].transposed
     sides = (left_MR,) if tensor.merged_rank == 0 else (left_MR, right_RK)
     stored = [(side.T if transposed else side).flatten().contiguous().cpu().view(torch.uint8).numpy() for side in sides]

@@ -20,6 +20,10 @@ _HEADER_NAMES = {word: name for name, (_, word) in _FLOATS.items()}
 _EIGHT_BIT = frozenset({"F8_E4M3", "F8_E5M2"})
 
 
+# Elements that are rounded at a time.
+_BLOCK = 1 << 14
+
+
 def is_mergeable(name: str) -> bool:
     """Return whether tensors of this header dtype are merged (floats that torch can read) rather than copied."""
     return name in _FLOATS
@@ -63,20 +67,30 @@ def round_once(values_E: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     second step on the right side.
 
     Args:
-        values_E: shape (E,), float64.
+        values_E: float64, of any shape.
         dtype: The wanted float type.
 
     Returns:
-        shape (E,), `dtype`.
+        The same shape, `dtype`.
 
     Source: Boldo & Melquiond 2008, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding
         to odd", theorem 3.
     """
     if dtype == torch.float64:
         return values_E
-    single_E = values_E.to(torch.float32)
     if dtype == torch.float32:
-        return single_E
+        return values_E.to(torch.float32)
+    rounded_E = torch.empty_like(values_E, dtype=dtype, memory_format=torch.contiguous_format)
+    flat_E, source_E = rounded_E.view(-1), values_E.reshape(-1)
+    # A dozen temporaries of a block stay in a core's cache.
+    for start in range(0, source_E.numel(), _BLOCK):
+        flat_E[start : start + _BLOCK] = _rounded_by_odd(source_E[start : start + _BLOCK], dtype)
+    return rounded_E
+
+
+def _rounded_by_odd(values_E: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return values in a type narrower than float32, through float32 rounded to odd."""
+    single_E = values_E.to(torch.float32)
     back_E = single_E.to(torch.float64)
     inexact_E = back_E != values_E
     if not bool(inexact_E.any()):

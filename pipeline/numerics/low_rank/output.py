@@ -78,7 +78,7 @@ class LowRankCombination:
             written_MK = values_MK[part].to(torch.float64)
             if dtype == torch.float64:
                 # What is called exact here is rounded itself, to the type of the output.
-                rounding += exact_MK.square().sum() * _ROUNDED_SQUARE
+                rounding += exact_MK[shift_MK != 0].square().sum() * _ROUNDED_SQUARE
             rounding += exact_MK.sub_(written_MK).square_().sum()
             moved_MK = torch.sub(written_MK, wide_MK, out=shift_MK)
             square += moved_MK.square().sum()
