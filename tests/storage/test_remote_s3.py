@@ -1,27 +1,23 @@
-"""The contract on a real S3 server, when GEOMERGE_TEST_S3_URL names a prefix; the AWS_* variables have the rest."""
+"""The contract on a real S3 server."""
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Callable
 
 import pytest
 
 from pipeline.storage import Store, open_store
+from tests.support.s3 import prefix
 
 from .contract import MEGABYTE, StoreContract
-
-if "GEOMERGE_TEST_S3_URL" not in os.environ:
-    pytest.skip("GEOMERGE_TEST_S3_URL names no bucket", allow_module_level=True)
 
 
 class TestS3(StoreContract):
     """What every store must do, on a real server."""
 
     @pytest.fixture
-    def make_store(self) -> Callable[[], Store]:
-        url = f"{os.environ['GEOMERGE_TEST_S3_URL']}/{uuid.uuid4().hex}"
+    def make_store(self, s3_url: str) -> Callable[[], Store]:
+        url = prefix(s3_url)
         return lambda: open_store(url)
 
     def test_objects_of_several_parts(self, store: Store) -> None:
