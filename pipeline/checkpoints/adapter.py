@@ -75,16 +75,6 @@ class Adapter:
         name = self.config.get("base_model_name_or_path")
         return bare_name(name) if isinstance(name, str) and is_plain_text(name) and name else None
 
-    @property
-    def data_bytes(self) -> int:
-        """The bytes of all tensors, headers not counted."""
-        return sum(entry.size_bytes for entry in self.tensors.values())
-
-    @property
-    def parameters(self) -> int:
-        """The elements of all tensors."""
-        return sum(entry.elements for entry in self.tensors.values())
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:

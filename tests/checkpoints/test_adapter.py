@@ -109,7 +109,6 @@ def test_the_update_is_what_peft_merges(tmp_path: Path, bases: dict[str, Path], 
     changed = {name for name, tensor in expected.items() if not torch.equal(tensor, before[name])}
     assert changed == {*placement.updates, *placement.replaced}
     assert adapter.base_name == str(base) or name == "convolutions"
-    assert adapter.parameters * 8 == adapter.data_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
