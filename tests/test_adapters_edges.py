@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +42,6 @@ MOVED = 1e-2
 
 def groups_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {group["name"]: group for group in report["groups"]}
-
-
-def edit_adapter(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(folder / ADAPTER_FILE)
-    change(tensors)
-    write_tensors(folder / ADAPTER_FILE, tensors)
-
-
-def edit_settings(folder: Path, **keys: object) -> None:
-    path = folder / ADAPTER_CONFIG
-    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
 
 
 @pytest.fixture
@@ -200,7 +189,7 @@ def test_a_changed_copy_of_the_head_replaces_the_base_s(
     for number in changed:
         noise = 0.1 * torch.randn(64, 32, generator=torch.Generator().manual_seed(number))
         change = lambda tensors, n=noise: tensors[f"{PREFIX}lm_head.base_layer.weight"].add_(n)  # noqa: E731
-        edit_adapter(headed.models[number], change)
+        edit(headed.models[number], change, file=ADAPTER_FILE)
     report = assert_merged(headed, tmp_path)
     modules = {entry["tensor"] for entry in report["modules"]}
     assert LM_HEAD not in modules
@@ -318,7 +307,7 @@ def test_copies_are_noted(family: Family, base: Path, tmp_path: Path) -> None:
     tensors = load_file(copy / ADAPTER_FILE)
     write_tensors(copy / ADAPTER_FILE, {name: tensors[name] for name in sorted(tensors, reverse=True)})
     shutil.copytree(family.models[0], idle)
-    edit_adapter(idle, lambda held: [value.zero_() for name, value in held.items() if "lora_B" in name])
+    edit(idle, lambda held: [value.zero_() for name, value in held.items() if "lora_B" in name], file=ADAPTER_FILE)
     family.models += [copy, idle]
     report = merge(str(family.recipe()), str(tmp_path / "out"))
     same = [note for note in report["notes"] if "the same values" in note]
@@ -382,7 +371,7 @@ def assert_no_secret(text: str) -> None:
 @pytest.mark.parametrize("output", ["model", "adapter"])
 def test_credentials_in_the_name_of_the_base_are_not_passed_on(family: Family, tmp_path: Path, output: str) -> None:
     for folder in family.models:
-        edit_settings(folder, base_model_name_or_path=STATED)
+        edit_config(folder, file=ADAPTER_CONFIG, base_model_name_or_path=STATED)
     events: list[object] = []
     recipe = family.recipe(pipeline={"output": output})
     report = merge(str(recipe), str(tmp_path / "out"), listener=events.append)
@@ -402,7 +391,7 @@ def test_credentials_in_the_name_of_the_base_are_in_no_error(family: Family, tmp
     wide = save_model(tmp_path / "wide", random_weights(0, shapes=llama_shapes(hidden=64)))
     family.models[1] = make_adapters(tmp_path / "more", wide, [Layout(modules=QV)]).models[0]
     for folder in family.models:
-        edit_settings(folder, base_model_name_or_path=STATED)
+        edit_config(folder, file=ADAPTER_CONFIG, base_model_name_or_path=STATED)
     cases: list[tuple[type[PipelineError], dict[str, Any]]] = [(RecipeError, {"base": False}), (CheckpointError, {})]
     for kind, keys in cases:
         assert_no_secret(refused(family.recipe(**keys), tmp_path / "out", kind, "s3://bucket/llama-base"))
@@ -417,14 +406,14 @@ def test_adapters_of_another_base_are_noted(family: Family, tmp_path: Path) -> N
     """By the last part of the name, in which a folder and a name on a hub agree."""
     assert said_of_bases(family, tmp_path / "same") == []
     for folder, name in zip(family.models, ("hub/Base", "/elsewhere/base/", None), strict=True):
-        edit_settings(folder, base_model_name_or_path=name)
+        edit_config(folder, file=ADAPTER_CONFIG, base_model_name_or_path=name)
     assert said_of_bases(family, tmp_path / "alike") == []
-    edit_settings(family.models[2], base_model_name_or_path="hub/base-instruct")
+    edit_config(family.models[2], file=ADAPTER_CONFIG, base_model_name_or_path="hub/base-instruct")
     (note,) = said_of_bases(family, tmp_path / "one")
     assert "hub/base-instruct (1 of 3)" in note
     assert str(family.base) in note
     for folder in family.models:
-        edit_settings(folder, base_model_name_or_path="hub/base-instruct")
+        edit_config(folder, file=ADAPTER_CONFIG, base_model_name_or_path="hub/base-instruct")
     (note,) = said_of_bases(family, tmp_path / "all")
     assert "hub/base-instruct (3 of 3)" in note
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from pipeline.errors import CheckpointError, PipelineError, RecipeError, VerificationError
 from pipeline.storage.local import LocalStore
-from tests.support.adapters import ADAPTER_CONFIG, ADAPTER_FILE, Layout, linears, make_adapters, write_tensors
-from tests.support.cases import before_writing, refused, run_cli, without_retention
+from tests.support.adapters import ADAPTER_CONFIG, ADAPTER_FILE, Layout, linears, make_adapters
+from tests.support.cases import before_writing, edit, edit_config, refused, run_cli, without_retention
 from tests.support.families import Family, llama_shapes, random_weights, save_model
 
 QV = linears(llama_shapes(), "q_proj", "v_proj")
@@ -24,17 +20,6 @@ FACTOR = f"base_model.model.{QV[2]}.lora_B.weight"
 def family(tmp_path: Path) -> Family:
     base = save_model(tmp_path / "base", random_weights(0))
     return make_adapters(tmp_path, base, [Layout(modules=QV), Layout(modules=QV[1:], rank=2), Layout(modules=QV)])
-
-
-def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(folder / ADAPTER_FILE)
-    change(tensors)
-    write_tensors(folder / ADAPTER_FILE, tensors)
-
-
-def edit_config(folder: Path, **keys: object) -> None:
-    path = folder / ADAPTER_CONFIG
-    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
 
 
 def refused_here(family: Family, kind: type[PipelineError], *words: str, **keys: object) -> str:
@@ -84,7 +69,7 @@ def test_rank_without_output_adapter(family: Family) -> None:
     ],
 )
 def test_settings_that_mean_something_else(family: Family, keys: dict[str, object], words: tuple[str, ...]) -> None:
-    edit_config(family.models[0], **keys)
+    edit_config(family.models[0], file=ADAPTER_CONFIG, **keys)
     refused_here(family, CheckpointError, str(family.models[0]), *words)
 
 
@@ -122,7 +107,7 @@ def test_adapter_of_a_wider_base(family: Family) -> None:
 
 
 def test_half_a_pair(family: Family) -> None:
-    edit(family.models[0], lambda tensors: tensors.pop(FACTOR))
+    edit(family.models[0], lambda tensors: tensors.pop(FACTOR), file=ADAPTER_FILE)
     refused_here(family, CheckpointError, str(family.models[0]), QV[2], "lora_B")
 
 
@@ -139,12 +124,12 @@ def test_truncated_file(family: Family, length: int) -> None:
 def test_a_factor_that_is_not_finite(family: Family, method: str, pipeline: dict[str, object], value: float) -> None:
     if method == "linear":
         pipeline = {key: word for key, word in pipeline.items() if key != "scope"}
-    edit(family.models[2], lambda tensors: tensors[FACTOR][3].fill_(value))
+    edit(family.models[2], lambda tensors: tensors[FACTOR][3].fill_(value), file=ADAPTER_FILE)
     refused_here(family, CheckpointError, str(family.models[2]), f"{QV[2]}", method=method, pipeline=pipeline)
 
 
 def test_several_problems_at_once(family: Family) -> None:
-    edit_config(family.models[0], use_dora=True)
+    edit_config(family.models[0], file=ADAPTER_CONFIG, use_dora=True)
     (family.models[1] / ADAPTER_CONFIG).write_text("{")
     refused_here(family, CheckpointError, str(family.models[0]), str(family.models[1]), "2 problems")
 
@@ -156,7 +141,7 @@ def test_several_problems_at_once(family: Family) -> None:
 def test_an_adapter_changed_between_the_reads(family: Family, pipeline: dict[str, object]) -> None:
     recipe, out = family.recipe(pipeline=pipeline), family.root / "out"
     file = family.models[1] / ADAPTER_FILE
-    action = lambda: edit(family.models[1], lambda tensors: tensors[FACTOR].mul_(2))  # noqa: E731
+    action = lambda: edit(family.models[1], lambda tensors: tensors[FACTOR].mul_(2), file=ADAPTER_FILE)  # noqa: E731
     words = (str(family.models[1]), file.name, "changed since")
     resources = without_retention(recipe, out)
     refused(recipe, out, CheckpointError, *words, listener=before_writing(action), resources=resources)

@@ -30,19 +30,18 @@ from pipeline.checkpoints.checkpoint import (
     WHERE_MODELS_ARE,
     Checkpoint,
     SourceFile,
+    read_object,
 )
 from pipeline.checkpoints.header import TensorEntry, read_header
-from pipeline.checkpoints.json_text import is_plain_text, parse_object, refusal
-from pipeline.errors import CheckpointError, Problem
-from pipeline.storage import MissingObject, Store, open_store
+from pipeline.checkpoints.json_text import is_plain_text, refusal
+from pipeline.errors import CheckpointError
+from pipeline.storage import Store, open_store
 from pipeline.storage.redaction import bare_name
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_FILE", "Adapter", "Factors", "Placement", "is_adapter", "open_adapter", "place"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
-# A config with a pattern for each of a million modules; anything larger is no config.
-_LARGEST_CONFIG_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,20 +237,13 @@ def _notes(updates: Mapping[str, Factors], correction: Correction, settings: Lor
 
 def _read_config(store: Store) -> dict[str, object]:
     """Return the content of adapter_config.json."""
-    where = store.location(ADAPTER_CONFIG)
-    try:
-        size_bytes = store.stat(ADAPTER_CONFIG).size_bytes
-        if size_bytes > _LARGEST_CONFIG_BYTES:
-            raise refusal(where, f"has {size_bytes} bytes, {_LARGEST_CONFIG_BYTES} at most are expected")
-        raw = store.read(ADAPTER_CONFIG, 0, size_bytes)
-    except MissingObject as error:
-        remedy = "point to the folder that peft's save_pretrained wrote"
-        what = f"is no adapter: it has no {ADAPTER_CONFIG}"
-        if not store.list():
-            what, remedy = "is empty or does not exist", WHERE_MODELS_ARE[store.is_local]
-        problem = Problem(what=what, where=store.location(), remedy=remedy)
-        raise CheckpointError(problem) from error
-    return parse_object(raw, where, strict=False)
+    config = read_object(store, ADAPTER_CONFIG, strict=False)
+    if config is not None:
+        return config
+    if not store.list():
+        raise refusal(store.location(), "is empty or does not exist", WHERE_MODELS_ARE[store.is_local])
+    remedy = "point to the folder that peft's save_pretrained wrote"
+    raise refusal(store.location(), f"is no adapter: it has no {ADAPTER_CONFIG}", remedy)
 
 
 def _no_weights(store: Store) -> CheckpointError:

@@ -28,7 +28,7 @@ WHERE_MODELS_ARE = {
 }
 # Requests in flight for headers: enough to hide the latency of an object store, few for a disk.
 _HEADERS_AT_ONCE = 8
-# An index of a million tensors; anything larger is no index.
+# An index of a million tensors, or a config with a pattern for each; anything larger is neither.
 _LARGEST_JSON_BYTES = 256 << 20
 # One damaged download can make thousands of problems; the first ones tell enough.
 _MOST_PROBLEMS = 8
@@ -115,7 +115,7 @@ def _open(store: Store, single: str) -> Checkpoint:
             SourceFile(path=path, size_bytes=head.size_bytes, version=head.version, header_bytes=head.header_bytes)
             for path, head in zip(paths, headers, strict=True)
         ),
-        config=MappingProxyType(_read_json(store, CONFIG_FILE, strict=False) or {}),
+        config=MappingProxyType(read_object(store, CONFIG_FILE, strict=False) or {}),
     )
 
 
@@ -132,8 +132,12 @@ def _split_url(url: str) -> tuple[str, str]:
     return folder + mark + query, name
 
 
-def _read_json(store: Store, path: str, *, strict: bool) -> dict[str, object] | None:
-    """Return a JSON object of the folder; None when there is no such file."""
+def read_object(store: Store, path: str, *, strict: bool) -> dict[str, object] | None:
+    """Return a JSON object of a model's or an adapter's folder; None when there is no such file.
+
+    Raises:
+        CheckpointError: It is none, or far too large.
+    """
     where = store.location(path)
     try:
         size_bytes = store.stat(path).size_bytes
@@ -147,7 +151,7 @@ def _read_json(store: Store, path: str, *, strict: bool) -> dict[str, object] | 
 
 def _read_index(store: Store) -> dict[str, str] | None:
     """Return tensor name -> shard path; None when the folder has no index or its single file goes before it."""
-    found = _read_json(store, INDEX_FILE, strict=True)
+    found = read_object(store, INDEX_FILE, strict=True)
     if found is None:
         return None
     where = store.location(INDEX_FILE)

@@ -122,14 +122,6 @@ class RowsWriter(TableWriter):
         self.append(*(getattr(row, name) for name in _ROW))
 
 
-def save_rows(store: Store, file: str, rows: Iterable[ChunkRow], fingerprint: str) -> None:
-    """Save the statistics of one output file: at once the result and the marker of its measuring."""
-    with RowsWriter(store, file, fingerprint) as writer:
-        for row in rows:
-            writer.add(row)
-        writer.finish()
-
-
 def read_rows(store: Store, file: str) -> Iterator[ChunkRow]:
     """Yield the saved statistics of one output file, a part of them in memory at a time.
 
@@ -141,11 +133,6 @@ def read_rows(store: Store, file: str) -> Iterator[ChunkRow]:
             yield ChunkRow(
                 tensor=int(tensor), start=int(start), distances=distances, unchanged=unchanged, checksums=checksums
             )
-
-
-def load_rows(store: Store, file: str) -> tuple[ChunkRow, ...]:
-    """Return the saved statistics of one output file; raises as `read_rows` does."""
-    return tuple(read_rows(store, file))
 
 
 def load_checksums(store: Store, file: str) -> dict[tuple[int, int], np.ndarray]:

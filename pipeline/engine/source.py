@@ -134,7 +134,8 @@ class ChunkSource:
         slot = None
         try:
             # The base is kept only where the second read needs it.
-            keepers = [index for index in missing if keep and index in merged_inputs(self._plan, chunk.tensor)]
+            again = merged_inputs(self._plan, chunk.tensor) if keep else ()
+            keepers = [index for index in missing if index in again]
             kept_bytes = sum(sizes[index] for index in keepers)
             kept = bool(keepers) and self._reserve(kept_bytes)
             freed_bytes += kept_bytes if kept else 0

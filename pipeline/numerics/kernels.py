@@ -26,6 +26,8 @@ BLOCK_ELEMENTS = 1 << 14
 CANCELLATION = 1e-2
 
 
+# Normalised weights of any number of models sum to 1 far better than this.
+_SUM_PRECISION = 1e-9
 # What the compiled loops read and write, and the NumPy dtype that stands for it; bfloat16 is its bits.
 _COMPILED = {torch.bfloat16: np.uint16, torch.float32: np.float32, torch.float64: np.float64}
 
@@ -96,6 +98,16 @@ def pairwise_distances(points: Sequence[torch.Tensor]) -> ChunkDistances:
     return ChunkDistances(distances_PP=distances_PP, unchanged_P=unchanged_P)
 
 
+def total_factor(factors: Sequence[float]) -> float:
+    """Return the sum of factors; one that is 1 up to rounding is meant to be 1, and is: values then stay what they are.
+
+    Args:
+        factors: Of any points.
+    """
+    total = math.fsum(factors)
+    return 1.0 if abs(total - 1.0) < _SUM_PRECISION else total
+
+
 def combine(points: Sequence[torch.Tensor], coefficients_P: Sequence[float], dtype: torch.dtype) -> Combined:
     """Return Σ c_p x_p rounded once to `dtype`, with its distance from every point.
 
@@ -110,9 +122,7 @@ def combine(points: Sequence[torch.Tensor], coefficients_P: Sequence[float], dty
     """
     factors = np.array(coefficients_P, dtype=np.float64)
     anchor = int(np.abs(factors).argmax())
-    total = math.fsum(factors)
-    # A sum that is 1 up to rounding is meant to be 1: the anchor then keeps its own value exactly.
-    anchor_factor = 1.0 if abs(total - 1.0) < 1e-9 else total
+    anchor_factor = total_factor(coefficients_P)
     if points[0].device.type == "cpu" and dtype in _COMPILED:
         return _combine_compiled(points, factors, anchor, anchor_factor, dtype)
     return _combine_torch(points, factors, anchor, anchor_factor, dtype)

@@ -6,23 +6,19 @@ Owns the choice between factors and whole tensors, and the refusals of families 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Collection, Sequence
 
 from pipeline.checkpoints.adapter import Adapter
-from pipeline.checkpoints.adapter_fit import Correction
 from pipeline.checkpoints.adapter_names import PREFIX
 from pipeline.checkpoints.adapter_output import factor_names, merged_config, replaced_name, stored_shapes
 from pipeline.errors import CheckpointError, Problem, RecipeError
+from pipeline.numerics.kernels import total_factor
 from pipeline.numerics.low_rank import truncated_rank
 from pipeline.planning.family import Aligned, Family
 from pipeline.planning.plan import GroupPlan, Plan, Stored, TensorPlan
 from pipeline.planning.sources import Sources
 from pipeline.recipe.references import without_credentials
-
-# A sum of weights that is 1 up to rounding is meant to be 1.
-_SUM_PRECISION = 1e-9
 
 
 def adapter_family(family: Family, sources: Sources) -> Family:
@@ -106,10 +102,11 @@ def refuse_sums(groups: Sequence[GroupPlan]) -> None:
         RecipeError: Names the sum.
     """
     for group in groups:
-        if group.coefficients is not None and abs(math.fsum(group.coefficients) - 1.0) > _SUM_PRECISION:
+        total = 1.0 if group.coefficients is None else total_factor(group.coefficients)
+        if total != 1.0:
             raise RecipeError(
                 Problem(
-                    what=f"the weights sum to {math.fsum(group.coefficients):g}: the base would be in it as often",
+                    what=f"the weights sum to {total:g}: the base would be in it as often",
                     where=f"group {group.name}",
                     remedy="leave parameters.normalize out, or pipeline.output",
                 )
@@ -146,7 +143,7 @@ def stored_as(
 
 def module_name(aligned: Aligned, family: Family) -> str:
     """Return the path of a tensor's module in the words of the first adapter."""
-    return (family.correction or Correction()).to_adapter(aligned.name).rpartition(".")[0]
+    return family.correction.to_adapter(aligned.name).rpartition(".")[0]
 
 
 def merged_adapter_config(plan: Plan, sources: Sources) -> dict[str, object]:

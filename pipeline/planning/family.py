@@ -7,7 +7,7 @@ before a data byte is read. Legend: I inputs (checkpoints, the reference first).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.checkpoints.adapter import Factors
 from pipeline.checkpoints.adapter_fit import Correction
@@ -57,14 +57,14 @@ class Family:
     Attributes:
         tensors: Aligned, in the reference's order.
         aliases: Tied copy -> the tensor that it is a copy of.
-        correction: How the first adapter's names became the base's; None without adapters.
+        correction: How the first adapter's names became the base's.
         notes: What should be said about the family.
     """
 
     tensors: tuple[Aligned, ...]
     aliases: Mapping[str, str]
     notes: tuple[str, ...]
-    correction: Correction | None = None
+    correction: Correction = field(default_factory=Correction)
 
 
 def align(checkpoints: Sequence[Checkpoint]) -> Family:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.checkpoints.dtypes import DTYPES
+from pipeline.checkpoints.tables import GROUP_BYTES
 from pipeline.errors import BudgetError, Problem
 from pipeline.numerics.kernels import work_bytes
 from pipeline.numerics.low_rank import low_rank_work_bytes, merged_factors_bytes
@@ -24,9 +25,7 @@ PLAN_BYTES = 1500
 KEPT_OVERHEAD_BYTES = 500
 # A remote upload holds the part that grows and the one that is sent.
 UPLOAD_BYTES = 64_000_000
-# Numbers of one row group of statistics that are on their way to storage.
-ROW_GROUP_BYTES = 32_000_000
-# Copies of these alive at once: rows, Arrow's arrays and buffers, and what is compressed.
+# Copies of a row group of statistics alive at once: rows, Arrow's arrays and buffers, and what is compressed.
 ROW_COPIES = 4
 # Overhead of a row's object and its arrays.
 ROW_OVERHEAD_BYTES = 600
@@ -112,7 +111,7 @@ def _statistics_bytes(plan: Plan) -> int:
         return sums
     rows = max((sum(len(plan.measured_chunks(t)) for t in file.tensors) for file in plan.files), default=0)
     row_bytes = 8 * (pairs + points + len(plan.inputs)) + ROW_OVERHEAD_BYTES
-    saved = ROW_COPIES * min(rows * row_bytes, ROW_GROUP_BYTES + row_bytes)
+    saved = ROW_COPIES * min(rows * row_bytes, GROUP_BYTES + row_bytes)
     checksums = rows * (8 * len(plan.inputs) + ROW_OVERHEAD_BYTES)
     # A group that is solved within a file is summed and forgotten; of each the table of distances stays, and its text.
     alone = {plan.tensors[index].group for file in plan.files if file.fused for index in file.tensors}

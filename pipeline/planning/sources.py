@@ -20,6 +20,9 @@ from pipeline.recipe.references import join_model, model_key, split_model, witho
 S = TypeVar("S")
 T = TypeVar("T")
 
+# A model taken apart: its checkpoint's folder, and its adapter's where it has one.
+_Parts = tuple[str, str | None]
+
 # Folders opened at a time: enough to hide the latency of an object store, few for a disk.
 _OPENED_AT_ONCE = 8
 
@@ -48,15 +51,6 @@ class Sources:
         return (self.members[donor],) if over is None else (self.members[over], self.members[donor])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Reference:
-    """A model of the recipe, taken apart: the key of its checkpoint, and of its adapter where it has one."""
-
-    name: str
-    checkpoint: str
-    adapter: str | None
-
-
 def open_sources(recipe: Recipe) -> Sources:
     """Open every checkpoint and adapter that a recipe names, headers only, each once.
 
@@ -69,13 +63,12 @@ def open_sources(recipe: Recipe) -> Sources:
     names += [entry.model for entry in recipe.models if entry.model not in names]
     references = _references(recipe, names)
     # Checkpoints first found first, adapters after them: the first input is always a checkpoint.
-    checkpoints = list(dict.fromkeys(reference.checkpoint for reference in references.values()))
-    order: list[tuple[str, str | None]] = [(path, None) for path in checkpoints]
-    order += dict.fromkeys((r.checkpoint, r.adapter) for r in references.values() if r.adapter is not None)
+    order: list[_Parts] = list(dict.fromkeys((path, None) for path, _ in references.values()))
+    order += dict.fromkeys(parts for parts in references.values() if parts[1] is not None)
     opened = _all(order, _open)
-    index = {key: number for number, key in enumerate(order)}
-    spelled = {(r.checkpoint, r.adapter): r.name for r in references.values()}
-    place = {name: index[r.checkpoint, r.adapter] for name, r in references.items()}
+    index = {parts: number for number, parts in enumerate(order)}
+    spelled = {parts: name for name, parts in references.items()}
+    place = {name: index[parts] for name, parts in references.items()}
     base = place[recipe.base_model] if recipe.base_model is not None else None
     models = [place[entry.model] for entry in recipe.models]
     over = {order[number][0] for number in models if order[number][1] is not None}
@@ -93,7 +86,7 @@ def open_sources(recipe: Recipe) -> Sources:
     )
 
 
-def _references(recipe: Recipe, names: list[str]) -> dict[str, _Reference]:
+def _references(recipe: Recipe, names: list[str]) -> dict[str, _Parts]:
     """Return the recipe's models by name, each taken apart; a plain adapter stands on the base model."""
     plain = [name for name in names if split_model(name)[1] is None]
     found = dict(zip(plain, _all(plain, lambda name: is_adapter(split_model(name)[0])), strict=True))
@@ -112,7 +105,7 @@ def _references(recipe: Recipe, names: list[str]) -> dict[str, _Reference]:
     if problems:
         raise RecipeError(*problems)
     spelling: dict[str, str] = {}
-    references = {}
+    references: dict[str, _Parts] = {}
     for name in names:
         path, adapter = split_model(name)
         if found.get(name):
@@ -120,7 +113,7 @@ def _references(recipe: Recipe, names: list[str]) -> dict[str, _Reference]:
         # Equal folders are one input, however they are spelled.
         path = spelling.setdefault(model_key(join_model(path)), path)
         adapter = None if adapter is None else spelling.setdefault(model_key(join_model(adapter)), adapter)
-        references[name] = _Reference(name=name, checkpoint=path, adapter=adapter)
+        references[name] = (path, adapter)
     return references
 
 
@@ -150,8 +143,8 @@ def _unsupported(recipe: Recipe, name: str) -> Problem | None:
     return None
 
 
-def _open(key: tuple[str, str | None]) -> Member:
-    path, adapter = key
+def _open(parts: _Parts) -> Member:
+    path, adapter = parts
     return open_checkpoint(path) if adapter is None else open_adapter(adapter)
 
 

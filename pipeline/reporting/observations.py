@@ -5,6 +5,8 @@ Owns the sentences. Knows the solutions, never a parameter. Legend: P points.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from pipeline.engine.driver import Outcome
@@ -32,10 +34,16 @@ def observations(plan: Plan, outcome: Outcome) -> list[str]:
     ]
 
 
+def discarded_share(squares: Sequence[float]) -> float:
+    """Return the share of a squared norm that truncation cut off, from that part and the whole."""
+    cut, whole = squares
+    return cut / whole if whole > 0.0 else 0.0
+
+
 def _cut_off(plan: Plan, outcome: Outcome) -> list[str]:
     """Return a sentence on what the truncation of a merged adapter's factors has cost."""
     squares = {index: pair for record in outcome.written for index, pair in record.discarded.items()}
-    shares = {index: cut / whole if whole > 0.0 else 0.0 for index, (cut, whole) in squares.items()}
+    shares = {index: discarded_share(pair) for index, pair in squares.items()}
     if plan.settings.rank is None or not shares:
         return []
     worst = max(shares, key=lambda index: shares[index])

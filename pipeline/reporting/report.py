@@ -13,7 +13,7 @@ from pipeline import __version__
 from pipeline.engine.driver import Outcome, written_distances
 from pipeline.engine.solutions import Solution, geometry
 from pipeline.planning.plan import Plan
-from pipeline.reporting.observations import observations
+from pipeline.reporting.observations import discarded_share, observations
 
 # Raised when a key changes its meaning or goes away.
 REPORT_SCHEMA = 1
@@ -80,12 +80,6 @@ def build_report(
             {"name": record.name, "bytes": record.size_bytes, "sha256": record.sha256} for record in outcome.written
         ],
     }
-
-
-def discarded_share(squares: Sequence[float]) -> float:
-    """Return the share of a squared norm that truncation cut off, from that part and the whole."""
-    cut, whole = squares
-    return cut / whole if whole > 0.0 else 0.0
 
 
 def _has_say(plan: Plan, solution: Solution) -> bool:

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.engine.executors.base import Executor
 from pipeline.engine.output import prepare
-from pipeline.engine.run_folder import load_rows
+from pipeline.engine.run_folder import read_rows
 from pipeline.engine.solutions import with_median
 from pipeline.engine.worker import Job
 from pipeline.errors import CheckpointError
@@ -70,7 +70,7 @@ class ExecutorContract:
         results = dict(started.map("measure", {1: (), 2: ()}, ignore_progress))
         assert sorted(results) == [1, 2]
         output = open_store(job.output_url)
-        assert load_rows(output, job.plan.files[1].name)
+        assert tuple(read_rows(output, job.plan.files[1].name))
         assert not output.exists("_geomerge/measured/" + job.plan.files[0].name + ".parquet")
 
     def test_sums_are_those_of_the_parameters(self, started: Executor, job: Job, family: Family) -> None:

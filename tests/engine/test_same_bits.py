@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.engine import driver as driver_module
-from pipeline.engine.run_folder import group_sums, load_rows
+from pipeline.engine.run_folder import group_sums, read_rows
 from pipeline.merging import Resources, load_recipe, merge, plan_merge
 from pipeline.numerics.exact_sum import ExactSum
 from pipeline.planning.plan import Plan
@@ -103,7 +103,7 @@ def test_sums_do_not_depend_on_the_order_of_chunks(family: Family, recipes: dict
     recipe, _ = load_recipe(str(recipes["model-gram"]))
     plan = plan_merge(recipe, out, Resources(), probe=False).plan
     merge(str(recipes["model-gram"]), str(tmp_path / "out"))
-    rows = [row for file in plan.files for row in load_rows(out, file.name)]
+    rows = [row for file in plan.files for row in read_rows(out, file.name)]
 
     def total(order: Sequence[int], parts: int) -> np.ndarray:
         sums = ExactSum(len(rows[0].distances))

@@ -1,7 +1,6 @@
 """Distances of low-rank updates on their factors, against dense float64 and fifty digits."""
 
 import math
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -21,14 +20,7 @@ from tests.numerics.low_rank_cases import (
     update,
 )
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As the workers do: products that are not split by the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def moved(first: LowRank, size: float, seed: int = 1) -> LowRank:

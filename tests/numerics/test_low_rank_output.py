@@ -1,7 +1,7 @@
 """Combinations of low-rank updates, dense and factored, against the kernels and NumPy on the updates in full."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -29,14 +29,7 @@ from pipeline.numerics.low_rank import (
 )
 from tests.numerics.low_rank_cases import DTYPES, assert_close, dense, dense_squares, families, family, update
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As the workers do: products that are not split by the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def base_of(rows: int, columns: int, dtype: torch.dtype, seed: int = 99) -> torch.Tensor:

@@ -67,17 +67,16 @@ def assert_nothing_committed(output: Path) -> None:
     assert not (output / "config.json").exists()
 
 
-def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Change the tensors of a model that lies in one file."""
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object], *, file: str = "model.safetensors") -> None:
+    """Change the tensors of a model, or of an adapter, that lies in one file."""
+    tensors = load_file(folder / file)
     change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
+    save_file(tensors, folder / file, metadata={"format": "pt"})
 
 
-def edit_config(folder: Path, **keys: object) -> None:
-    """Change keys of a config.json; a key set to `...` is removed."""
-    path = folder / "config.json"
+def edit_config(folder: Path, *, file: str = "config.json", **keys: object) -> None:
+    """Change keys of a config.json, or of another such file; a key set to `...` is removed."""
+    path = folder / file
     config = {**json.loads(path.read_text()), **keys}
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
 

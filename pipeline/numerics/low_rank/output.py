@@ -8,7 +8,6 @@ Legend: P updates, M rows and K columns of the matrix, E = M·K elements, R rank
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 from pipeline.numerics.dtypes import round_once
-from pipeline.numerics.kernels import CANCELLATION, Combined
+from pipeline.numerics.kernels import CANCELLATION, Combined, total_factor
 from pipeline.numerics.low_rank.distances import distances_to, pair_distance
 from pipeline.numerics.low_rank.factors import LowRank, Stack, dense_rows, part_rows, spans, truncated_rank
 
@@ -41,9 +40,7 @@ class LowRankCombination:
 
     def __init__(self, updates: Sequence[LowRank | None], factors_P: Sequence[float]) -> None:
         self._stack = Stack(updates)
-        total = math.fsum(factors_P)
-        # A sum that is 1 up to rounding is meant to be 1: the base then keeps its own value exactly.
-        self._total = 1.0 if abs(total - 1.0) < 1e-9 else total
+        self._total = total_factor(factors_P)
         weights_P = np.array(factors_P, dtype=np.float64) * self._stack.scales
         weights_R = np.repeat(weights_P, np.diff(self._stack.edges))
         self._weights_R = torch.from_numpy(weights_R).to(self._stack.device)
