@@ -7,7 +7,7 @@ DEMO_DATA := $(shell cat docs/demo/data-packages.txt 2>/dev/null)
 .PHONY: test demo bench lint type docs clean
 
 test: .venv/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 demo: .venv/.demo
 	$(BIN)/python docs/demo/demo.py

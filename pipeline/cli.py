@@ -1,31 +1,36 @@
-"""The command line: `geomerge merge|plan|verify|status|methods|schema`.
+"""The command line: `geomerge merge|batch|plan|verify|status|clean|methods|schema`.
 
-Owns arguments, terminal output and exit codes. With --json one document goes to stdout and everything else to stderr.
+Owns arguments, signals, exit codes, and what goes to which stream: with --json one document to stdout, everything else
+to stderr. The texts live in `pipeline.reporting`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any, TypeVar
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import click
 
 from pipeline import __version__
-from pipeline.errors import PipelineError
-from pipeline.units import format_bytes, format_seconds, parse_bytes
+from pipeline.errors import PipelineError, Problem
+from pipeline.events import Event, Listener
+from pipeline.units import parse_bytes, parse_seconds
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Every option of the command line; a test compares them with what click knows, so that none is added by accident.
-OPTIONS = ("--executor", "--address", "--workers", "--memory", "--device", "--overwrite", "--json")
-# Rows of a list before the rest is counted.
-_ROWS = 12
-# Models in the table of results before the rest is counted.
-_TABLE_ROWS = 40
+OPTIONS = (
+    *("--executor", "--address", "--workers", "--memory", "--device", "--overwrite", "--json", "--progress"),
+    *("--older-than", "--dry-run"),
+)
+# What a shell reports of a process that a signal ended.
+_INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 
 class _Size(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
@@ -36,6 +41,18 @@ class _Size(click.ParamType):  # type: ignore[type-arg]  # generic only from cli
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         try:
             return parse_bytes(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class _Duration(click.ParamType):  # type: ignore[type-arg]
+    """A duration such as 1h."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            return parse_seconds(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
@@ -63,11 +80,20 @@ def _json(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")(command)
 
 
+def _progress(command: F) -> F:
+    return click.option(
+        "--progress",
+        type=click.Choice(["auto", "bar", "lines", "json"]),
+        default="auto",
+        show_default=True,
+        help="On stderr. auto: a bar on a terminal, else lines; json: one event a line.",
+    )(command)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="geomerge")
 def main() -> None:
     """Merge fine-tuned models by the exact geometric median, out of core, on one machine or a Ray cluster."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
 
 @main.command(short_help="Merge the models of RECIPE into OUTPUT.")
@@ -75,27 +101,47 @@ def main() -> None:
 @click.argument("output")
 @_resources
 @click.option("--overwrite", is_flag=True, help="Start again: replace any merge or model in OUTPUT.")
+@_progress
 @_json
-def merge(recipe: str, output: str, overwrite: bool, as_json: bool, **options: Any) -> None:
+def merge(recipe: str, output: str, overwrite: bool, progress: str, as_json: bool, **options: Any) -> None:
     """Merge the models of RECIPE into the folder OUTPUT; run again to resume."""
 
-    def body() -> dict[str, Any]:
-        from rich.console import Console
-
-        from pipeline.engine.process import raise_descriptor_limit
+    def body(listener: Listener) -> dict[str, Any]:
         from pipeline.merging import merge as run_merge
-        from pipeline.reporting.progress import LogLines, TerminalProgress
 
-        raise_descriptor_limit()
-        console = Console(stderr=True)
-        live = TerminalProgress(console) if console.is_terminal else None
-        with live or nullcontext():
-            return run_merge(
-                recipe, output, resources=_to_resources(options), overwrite=overwrite, listener=live or LogLines()
-            )
+        return run_merge(recipe, output, resources=_to_resources(options), overwrite=overwrite, listener=listener)
 
-    report = _run(body)
-    _emit(report, as_json, lambda: _show_report(report, output))
+    report = _run_told(body, progress, resumes=not overwrite)
+    from pipeline.reporting.text_view import report_view
+    from pipeline.storage import shown_url
+
+    _emit(report, as_json, lambda: report_view(report, shown_url(output)))
+
+
+@main.command(short_help="Merge every recipe in RECIPES into OUTPUTS.")
+@click.argument("recipes")
+@click.argument("outputs")
+@_resources
+@click.option("--overwrite", is_flag=True, help="Replace what was merged from another recipe or other files.")
+@_progress
+@_json
+def batch(recipes: str, outputs: str, overwrite: bool, progress: str, as_json: bool, **options: Any) -> None:
+    """Merge every *.yaml and *.yml in the folder RECIPES into a folder of its name in OUTPUTS.
+
+    What is merged already is left as it is, and one that fails does not stop the others. Exit code 0 when all are
+    merged.
+    """
+
+    def body(listener: Listener) -> dict[str, Any]:
+        from pipeline.batch import batch as run_batch
+
+        return run_batch(recipes, outputs, resources=_to_resources(options), overwrite=overwrite, listener=listener)
+
+    summary = _run_told(body, progress)
+    from pipeline.reporting.batch_view import batch_view
+
+    _emit(summary, as_json, lambda: batch_view(summary))
+    sys.exit(summary["exit_code"])
 
 
 @main.command(short_help="Show what a merge would read, hold and write.")
@@ -107,15 +153,17 @@ def plan(recipe: str, output: str, as_json: bool, **options: Any) -> None:
     """Show what a merge would read, hold, write and take; reads headers, and a second's sample for the rates."""
 
     def body() -> dict[str, Any]:
-        from pipeline.merging import load_recipe, plan_merge
+        from pipeline.merging import load_recipe, open_output, plan_merge
         from pipeline.reporting.plan_view import plan_summary
-        from pipeline.storage import open_store
 
-        planned = plan_merge(load_recipe(recipe)[0], open_store(output), _to_resources(options), probe=True)
+        read = load_recipe(recipe)[0]
+        planned = plan_merge(read, open_output(read, output), _to_resources(options), probe=True)
         return plan_summary(planned.plan, planned.memory, planned.cost, planned.rates, planned.workers, planned.seconds)
 
     summary = _run(body)
-    _emit(summary, as_json, lambda: _show_plan(summary))
+    from pipeline.reporting.text_view import plan_view
+
+    _emit(summary, as_json, lambda: plan_view(summary))
 
 
 @main.command(short_help="Read a finished OUTPUT again and check it.")
@@ -131,14 +179,9 @@ def verify(output: str, as_json: bool) -> None:
         return run_verify(open_store(output))
 
     result = _run(body)
-    _emit(
-        result,
-        as_json,
-        lambda: click.echo(
-            f"{result['output']}: {_counted(result['files'], 'file')}, {_counted(result['tensors'], 'tensor')},"
-            f" {format_bytes(result['bytes'])}: all as written"
-        ),
-    )
+    from pipeline.reporting.text_view import verified_view
+
+    _emit(result, as_json, lambda: verified_view(result))
 
 
 @main.command()
@@ -154,15 +197,31 @@ def status(output: str, as_json: bool) -> None:
         return run_status(open_store(output))
 
     result = _run(body)
-    _emit(
-        result,
-        as_json,
-        lambda: click.echo(
-            f"{result['output']}: {result['state']}; {result['files_measured']} measured and"
-            f" {result['files_written']} written of {result['files']} files,"
-            f" {format_bytes(result['bytes_written'])} of {format_bytes(result['bytes'])}"
-        ),
-    )
+    from pipeline.reporting.text_view import status_view
+
+    _emit(result, as_json, lambda: status_view(result))
+
+
+@main.command(short_help="Remove what killed runs left unfinished below URL.")
+@click.argument("url")
+@click.option("--older-than", type=_Duration(), default="1h", show_default=True, help="Leave alone what is younger.")
+@click.option("--dry-run", is_flag=True, help="Only list it.")
+@_json
+def clean(url: str, older_than: float, dry_run: bool, as_json: bool) -> None:
+    """Remove unfinished uploads and temporary files of runs that were killed, below the folder or prefix URL.
+
+    Finished files are never touched, nor anything of a merge that runs.
+    """
+
+    def body() -> dict[str, Any]:
+        from pipeline.cleaning import clean as run_clean
+
+        return run_clean(url, older_than_s=older_than, dry_run=dry_run)
+
+    result = _run(body)
+    from pipeline.reporting.text_view import cleaned_view
+
+    _emit(result, as_json, lambda: cleaned_view(result))
 
 
 @main.command()
@@ -186,14 +245,9 @@ def methods(as_json: bool) -> None:
         }
 
     found = _run(body)
+    from pipeline.reporting.text_view import methods_view
 
-    def show() -> None:
-        for name, entry in found.items():
-            click.echo(f"{name}\n    {entry['summary']}\n    {entry['reference']}")
-            for parameter, facts in entry["parameters"].items():
-                click.echo(f"    {parameter} (default {facts['default']}): {facts['description']}")
-
-    _emit(found, as_json, show)
+    _emit(found, as_json, lambda: methods_view(found))
 
 
 @main.command()
@@ -208,7 +262,7 @@ def schema(as_json: bool) -> None:
         return recipe_schema({name: method.schema for name, method in registry().items()})
 
     document = _run(body)
-    _emit(document, True, lambda: None)
+    _emit(document, True, lambda: ())
 
 
 def _to_resources(options: dict[str, Any]) -> Any:
@@ -223,92 +277,123 @@ def _to_resources(options: dict[str, Any]) -> Any:
     )
 
 
-def _run(body: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _run_told(body: Callable[[Listener], dict[str, Any]], progress: str, *, resumes: bool = True) -> dict[str, Any]:
+    """Run a command of hours: its progress shown as asked, and ended by SIGTERM as by ctrl-C.
+
+    `resumes` says whether the same command goes on from what is done when this one was stopped.
+    """
+    from pipeline.engine.process import raise_descriptor_limit
+    from pipeline.reporting.json_lines import only_lines
+    from pipeline.reporting.progress import listening
+
+    as_lines = progress == "json"
+
+    def told(stream: TextIO) -> dict[str, Any]:
+        raise_descriptor_limit()
+        with _terminable() as arm, listening(progress, stream) as listener:
+
+            def listen(event: Event) -> None:
+                # Ray puts a handler of its own in place of ours when it starts.
+                arm()
+                listener(event)
+
+            return body(listen)
+
+    with only_lines(sys.stderr) if as_lines else nullcontext(sys.stderr) as stream:
+        return _run(lambda: told(stream), stream, as_lines=as_lines, resumes=resumes)
+
+
+def _run(
+    body: Callable[[], dict[str, Any]], stream: TextIO | None = None, *, as_lines: bool = False, resumes: bool = True
+) -> dict[str, Any]:
     """Return what a command found; an error of ours ends the process with its text and exit code, no traceback."""
+    stream = stream or sys.stderr
+    _start_logging(stream, as_lines)
     try:
         return body()
     except PipelineError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+        _fail(error, error.exit_code, stream, as_lines)
     except KeyboardInterrupt:
-        click.echo("interrupted; run the same command again to resume", err=True)
-        sys.exit(130)
+        _fail(_stopped(resumes), _INTERRUPTED, stream, as_lines, prefix="")
+    except SystemExit as end:
+        # Ours, or the one that Ray's Python handler raises.
+        if end.code not in (_TERMINATED, signal.SIGTERM):
+            raise
+        _fail(_stopped(resumes), _TERMINATED, stream, as_lines, prefix="")
 
 
-def _emit(document: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
+def _stopped(resumes: bool) -> PipelineError:
+    again = "resumes" if resumes else "begins anew, and without --overwrite it resumes what this one has begun"
+    return PipelineError(Problem(what=f"stopped; the same command {again}"))
+
+
+def _fail(error: PipelineError, code: int, stream: TextIO, as_lines: bool, prefix: str = "error: ") -> NoReturn:
+    if as_lines:
+        from pipeline.reporting.json_lines import error_fields, write_line
+
+        write_line(stream, {**error_fields(error), "exit_code": code})
+    else:
+        click.echo(f"{prefix}{error}", file=stream)
+    sys.exit(code)
+
+
+@contextmanager
+def _terminable() -> Iterator[Callable[[], None]]:
+    """Make SIGTERM, by which schedulers end a job, unwind the body once, so that it leaves nothing half done.
+
+    Yields:
+        What puts the handler in place again.
+    """
+    handler: Any = signal.getsignal(signal.SIGTERM)
+    before = handler
+
+    def terminate(*_: object) -> None:
+        # The next one must not cut the unwinding short; SIGKILL is what follows if it takes too long.
+        nonlocal handler
+        handler = signal.SIG_IGN
+        arm()
+        sys.exit(_TERMINATED)
+
+    def arm() -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+    handler = terminate
+    arm()
+    try:
+        yield arm
+    except (SystemExit, KeyboardInterrupt, PipelineError):
+        # What is raised inside of Ray's calls comes out with another code, and clearing up after it may fail.
+        if handler is signal.SIG_IGN:
+            sys.exit(_TERMINATED)
+        raise
+    finally:
+        handler = before
+        arm()
+
+
+def _start_logging(stream: TextIO, as_lines: bool) -> None:
+    """Send what this package has to tell, and the warnings of others, to standard error."""
+    handler: logging.Handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    if as_lines:
+        from pipeline.reporting.json_lines import JsonLogs
+
+        handler = JsonLogs(stream)
+        logging.captureWarnings(True)
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+
+
+def _emit(document: dict[str, Any], as_json: bool, view: Callable[[], Iterable[Any]]) -> None:
+    """Show what a command found: as JSON, or as the view's lines and tables."""
     if as_json:
         click.echo(json.dumps(document, indent=1))
-    else:
-        show()
-
-
-def _show_report(report: dict[str, Any], output: str) -> None:
-    """Print a finished merge for people: one table of models, one line of facts."""
+        return
     from rich.console import Console
-    from rich.table import Table
 
-    console = Console()
-    groups = report["groups"]
-    table = Table(title=f"{report['method']} of {_counted(len(report['models']), 'model')}")
-    table.add_column("model")
-    table.add_column("weight", justify="right")
-    table.add_column("coefficient" if len(groups) == 1 else "mean coefficient", justify="right")
-    if any(group["norms"] for group in groups):
-        table.add_column("norm", justify="right")
-    for row, model in enumerate(report["models"][:_TABLE_ROWS]):
-        shares = [group["coefficients"][row] for group in groups]
-        norms = [group["norms"][row] for group in groups if group["norms"]]
-        norm = [f"{sum(value**2 for value in norms) ** 0.5:.4g}"] if norms else []
-        mean = f"{sum(shares) / len(shares):.6f}" if shares else ""
-        table.add_row(model["model"], f"{report['weights'][row]:.4g}", mean, *norm)
-    console.print(table)
-    if len(report["models"]) > _TABLE_ROWS:
-        click.echo(f"and {len(report['models']) - _TABLE_ROWS} more models, in geomerge_report.json")
-    gaps = [group["relative_gap"] for group in groups if group["relative_gap"] is not None]
-    certificate = f"certified to a relative gap of {max(gaps):.1e}; " if gaps else ""
-    if report["rank"]:
-        certificate += (
-            f"rank {report['rank']} keeps {1.0 - report['discarded_energy']:.2%} of the update's squared norm; "
-        )
-    scales = {group["scale"] for group in groups}
-    scale = f"scale {max(scales):.4g}, " if len(scales) == 1 and scales != {1.0} else ""
-    resumed = f" ({_counted(report['resumed_files'], 'file')} found done)" if report["resumed_files"] else ""
-    click.echo(
-        f"{output}: {certificate}{scale}{_counted(len(groups), 'group')},"
-        f" {_counted(len(report['files']), 'file')}{resumed},"
-        f" {format_bytes(report['bytes_written'])} written, {_counted(report['passes'], 'pass')} over the inputs,"
-        f" {format_seconds(sum(report['seconds'].values()))}"
-    )
-
-
-def _show_plan(summary: dict[str, Any]) -> None:
-    """Print a plan for people."""
-    click.echo(
-        f"{summary['method']} of {len(summary['models'])} models, scope {summary['scope']}:"
-        f" {summary['tensors']} tensors, {summary['elements']:,} elements, {summary['chunks']} chunks"
-    )
-    click.echo(f"groups   {len(summary['groups'])}: " + _listed([group["name"] for group in summary["groups"]]))
-    click.echo(
-        f"read     {format_bytes(summary['bytes_to_read'])} in {_counted(summary['passes'], 'pass')};"
-        f" write {format_bytes(summary['bytes_to_write'])} in {_counted(len(summary['files']), 'file')}: "
-        + _listed([f"{file['name']} {format_bytes(file['bytes'])}" for file in summary["files"]])
-    )
-    memory = summary["memory_per_worker"]
-    terms = " + ".join(f"{name} {format_bytes(size)}" for name, size in memory["terms"].items())
-    click.echo(f"memory   {format_bytes(memory['total'])} per worker = {terms}")
-    if summary["seconds"]:
-        parts = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in summary["seconds"].items())
-        click.echo(f"time     {format_seconds(sum(summary['seconds'].values()))} ({parts}; rates {summary['rates']})")
-    for note in summary["notes"]:
-        click.echo(f"note     {note}")
-
-
-def _counted(number: float, noun: str) -> str:
-    """Return a number with its noun: "1 file", "2 files", "1.8 passes"."""
-    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
-    return f"{number:g} {noun if number == 1 else plural}"
-
-
-def _listed(items: list[str]) -> str:
-    more = f", and {len(items) - _ROWS} more" if len(items) > _ROWS else ""
-    return ", ".join(items[:_ROWS]) + more
+    for part in view():
+        if isinstance(part, str):
+            click.echo(part)
+        else:
+            Console().print(part)

@@ -98,3 +98,7 @@ class OutputError(PipelineError):
     """The output folder cannot be used: it holds something else, or an input."""
 
     exit_code = 9
+
+
+class ClaimedError(OutputError):
+    """Another run writes into the output folder, or took it over from this one."""

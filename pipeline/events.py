@@ -5,8 +5,9 @@ Owns the event classes and the listener protocol. Library code emits; the termin
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,3 +88,8 @@ class Listener(Protocol):
 
 def ignore(event: Event) -> None:
     """Listen to nothing."""
+
+
+def to_json(event: Event) -> dict[str, Any]:
+    """Return an event as JSON-ready data: its class's name as "event", and its fields."""
+    return {"event": type(event).__name__, **dataclasses.asdict(event)}

@@ -6,22 +6,27 @@ Owns the wiring of the rooms; every decision lives in one of them.
 from __future__ import annotations
 
 import json
-import posixpath
 import time
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.engine.bandwidth import given_rates, measure_rates
-from pipeline.engine.driver import Driver
+from pipeline.engine.claim import Claim
+from pipeline.engine.driver import Driver, Outcome
 from pipeline.engine.executors import create_executor, takes_ray
-from pipeline.engine.output import State, commit, prepare, refuse_inputs
+from pipeline.engine.executors.base import Executor
+from pipeline.engine.output import State, commit, examine, prepare
 from pipeline.engine.process import cores
+from pipeline.engine.progress import Progress
+from pipeline.engine.refusals import refuse_inputs
 from pipeline.engine.result_tables import save_tables
 from pipeline.engine.run_folder import REPORT, read_json
+from pipeline.engine.runs import newest_run
 from pipeline.engine.worker import Job
-from pipeline.errors import PipelineError, Problem, RecipeError
+from pipeline.errors import OutputError, PipelineError, Problem, RecipeError
 from pipeline.events import Committed, Listener, Note, ignore
 from pipeline.methods import registry
 from pipeline.planning.adapter_output import merged_adapter_config
@@ -34,7 +39,7 @@ from pipeline.planning.traffic import one_read_bytes
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.reporting.model_card import model_card
 from pipeline.reporting.report import build_report
-from pipeline.storage import Store, open_store
+from pipeline.storage import Store, open_store, shown_url, split_url
 
 # Enough for 20 models in flight and a good part of a small family kept in memory, on any machine that trains models.
 DEFAULT_MEMORY_BYTES = 4_000_000_000
@@ -78,30 +83,40 @@ def load_recipe(url: str) -> tuple[Recipe, str]:
     Raises:
         RecipeError: It cannot be found, read as text, or understood.
     """
+    shown = shown_url(url)
     if Path(url).is_dir():
-        raise RecipeError(Problem(what="is a folder", where=f"recipe {url}", remedy="name the recipe's file"))
-    folder, name = posixpath.split(url)
-    store = open_store(folder or ".")
+        raise RecipeError(Problem(what="is a folder", where=f"recipe {shown}", remedy="name the recipe's file"))
+    folder, name = split_url(url)
+    store = open_store(folder)
     try:
         text = store.read(name).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RecipeError(Problem(what="is no UTF-8 text", where=f"recipe {url}")) from error
+        raise RecipeError(Problem(what="is no UTF-8 text", where=f"recipe {shown}")) from error
     except PipelineError as error:
         raise RecipeError(
-            Problem(what=str(error.problems[0].what), where=f"recipe {url}", remedy="name an existing recipe file")
+            Problem(what=str(error.problems[0].what), where=f"recipe {shown}", remedy="name an existing recipe file")
         ) from error
     methods = {name: method.schema for name, method in registry().items()}
-    return parse_recipe(text, source=url, methods=methods), text
+    return parse_recipe(text, source=shown, methods=methods), text
 
 
-def plan_merge(recipe: Recipe, output: Store, resources: Resources, *, probe: bool) -> Planned:
+def open_output(recipe: Recipe, url: str) -> Store:
+    """Return the store of an output folder, opened as the recipe says."""
+    return open_store(url, recipe.pipeline.storage.of(url))
+
+
+def plan_merge(
+    recipe: Recipe, output: Store, resources: Resources, *, probe: bool, on_ray: bool | None = None
+) -> Planned:
     """Plan a merge: headers only, all mismatches at once, memory and cost projected.
 
     Args:
         recipe: The recipe.
         output: Where the result would go; it is not touched.
         resources: What workers may use.
-        probe: Measure this machine's rates for the projected time, unless the recipe gives a bandwidth.
+        probe: For whoever only plans: measure this machine's rates for the projected time, unless the recipe gives a
+            bandwidth, and note what in the output folder would stop the merge.
+        on_ray: Whether workers are Ray actors; None to tell by the resources.
 
     Raises:
         PipelineError: Recipe, models, output or budget do not fit.
@@ -110,9 +125,12 @@ def plan_merge(recipe: Recipe, output: Store, resources: Resources, *, probe: bo
     sources = open_sources(recipe)
     plan = build_plan(recipe, registry()[recipe.merge_method], sources)
     refuse_inputs(plan, output)
+    if probe:
+        plan = replace(plan, notes=(*plan.notes, *_obstacles(plan, output), *_idle(plan, resources.workers)))
     workers = resources.workers
     # An actor has one CPU; a local worker its share of this machine.
-    on_ray = takes_ray(resources.executor, address=resources.address)
+    if on_ray is None:
+        on_ray = takes_ray(resources.executor, address=resources.address)
     threads = 1 if on_ray else max(1, cores() // workers)
     memory = project_memory(
         plan, budget_bytes=resources.memory_bytes, threads=threads, remote_output=not output.is_local
@@ -127,6 +145,26 @@ def plan_merge(recipe: Recipe, output: Store, resources: Resources, *, probe: bo
     return Planned(plan=plan, sources=sources, memory=memory, cost=cost, rates=rates, workers=workers, seconds=seconds)
 
 
+def _idle(plan: Plan, workers: int) -> Iterator[str]:
+    """Yield that some workers will have nothing to do: an output file is the unit of their work."""
+    files = len(plan.files)
+    if workers > files:
+        remedy = "a smaller pipeline: {file_size: ...} makes more"
+        yield f"{workers} workers, but the output has {files} file{'s' if files > 1 else ''}: {remedy}"
+
+
+def _obstacles(plan: Plan, output: Store) -> Iterator[str]:
+    """Yield what a merge into a folder would be refused for now, or find done; reads only."""
+    try:
+        if examine(plan, output, overwrite=False) is State.COMMITTED:
+            yield "the output holds this very merge, finished"
+        run = newest_run(output)
+        if run is not None and run.lives_here() is not False:
+            yield f"the output may be in use: {run.who}"
+    except PipelineError as error:
+        yield from map(str, error.problems)
+
+
 def merge(
     recipe_url: str,
     output_url: str,
@@ -134,6 +172,7 @@ def merge(
     resources: Resources | None = None,
     overwrite: bool = False,
     listener: Listener = ignore,
+    executor: Executor | None = None,
 ) -> dict[str, Any]:
     """Merge what a recipe says into a folder and return the report.
 
@@ -143,40 +182,79 @@ def merge(
         recipe_url: Path or URL of the recipe.
         output_url: Path or URL of the output folder.
         resources: Where to run and with what.
-        overwrite: Start again: replace what is in the output folder, be it another merge or model or this one.
+        overwrite: Start again: replace what is in the output folder, be it another merge or model or this one. What an
+            earlier run with it has begun of this merge, and could not end, is gone on with.
         listener: Told what happens.
+        executor: Runs the workers instead of one that `resources` names; it may have served other merges, and is left
+            open for more.
 
     Raises:
         PipelineError: Anything that stands in the way; nothing is committed then.
     """
+    resources = resources or Resources()
     recipe, text = load_recipe(recipe_url)
-    with closing(open_store(output_url)) as output:
-        return _merge(recipe, text, output, resources or Resources(), overwrite=overwrite, listener=listener)
+    with ExitStack() as opened:
+        output = opened.enter_context(closing(open_output(recipe, output_url)))
+        if executor is None:
+            executor = opened.enter_context(
+                closing(create_executor(resources.executor, address=resources.address, listener=listener))
+            )
+        return _merge(recipe, text, output, resources, executor, overwrite=overwrite, listener=listener)
 
 
 def _merge(
-    recipe: Recipe, text: str, output: Store, resources: Resources, *, overwrite: bool, listener: Listener
+    recipe: Recipe,
+    text: str,
+    output: Store,
+    resources: Resources,
+    executor: Executor,
+    *,
+    overwrite: bool,
+    listener: Listener,
 ) -> dict[str, Any]:
     """Merge a recipe that was read into a folder that was opened."""
-    planned = plan_merge(recipe, output, resources, probe=False)
+    planned = plan_merge(recipe, output, resources, probe=False, on_ray=executor.name == "ray")
     plan = planned.plan
-    for note in plan.notes:
+    for note in (*plan.notes, *_idle(plan, planned.workers)):
         listener(Note(text=note))
-    if prepare(plan, output, overwrite=overwrite) is State.COMMITTED:
-        report = read_json(output, REPORT)
-        if report is not None:
-            listener(Note(text="already merged by the same recipe from the same files; nothing to do"))
-            return report
-    job = Job(plan=plan, output_url=output.url, memory=planned.memory, device=resources.device)
-    driver = Driver(
-        plan=plan,
-        output=output,
-        executor=create_executor(resources.executor, address=resources.address),
-        job=job,
-        workers=planned.workers,
-        listener=listener,
-    )
-    outcome = driver.run()
+    # Reads only: a finished merge is left as it is, also where nothing can be written, and so is what is refused.
+    if examine(plan, output, overwrite=overwrite) is State.COMMITTED:
+        return _finished(output, listener)
+    progress = Progress(listener, executor.waiting)
+    with Claim.take(output, describe=progress.snapshot, overwrite=overwrite, listener=listener) as claim:
+        state = prepare(plan, output, overwrite=overwrite, continues=claim.continues)
+        if state is State.COMMITTED:
+            return _finished(output, listener)
+        if overwrite and state is State.FRESH:
+            claim.begun_anew()
+        job = Job(plan=plan, output_url=output.url, memory=planned.memory, device=resources.device)
+        driver = Driver(
+            plan=plan,
+            output=output,
+            executor=executor,
+            job=job,
+            workers=planned.workers,
+            listener=progress,
+            guard=claim.guard,
+        )
+        outcome = driver.run()
+        return _commit(planned, outcome, output, text, listener=listener, check=claim.check)
+
+
+def _finished(output: Store, listener: Listener) -> dict[str, Any]:
+    """Return the report of a merge that an earlier run has committed; its presence is part of being committed."""
+    listener(Note(text="already merged by the same recipe from the same files; nothing to do"))
+    report = read_json(output, REPORT)
+    if report is None:
+        raise OutputError(Problem(what="changed while it was read", where=f"output {output.location()}"))
+    return report
+
+
+def _commit(
+    planned: Planned, outcome: Outcome, output: Store, text: str, *, listener: Listener, check: Callable[[], None]
+) -> dict[str, Any]:
+    """Write what a merge leaves beside the weights, make it visible, and return its report."""
+    plan = planned.plan
     shares = save_tables(plan, outcome, output)
     report = build_report(plan, outcome, input_bytes=one_read_bytes(plan), unchanged_shares=shares)
     for note in report["notes"][len(plan.notes) :]:
@@ -187,6 +265,7 @@ def _merge(
     }
     as_adapter = plan.settings.output == "adapter"
     config = merged_adapter_config(plan, planned.sources) if as_adapter else None
-    commit(plan, output, planned.sources.donors(plan.donor), documents, config)
+    written = {file.name: file.sha256 for file in outcome.written}
+    commit(plan, output, planned.sources.donors(plan.donor), documents, config, written=written, check=check)
     listener(Committed(location=output.location()))
     return report

@@ -13,6 +13,7 @@ _FACTORS = {
     **{unit: 1000**power for power, unit in enumerate(("", "K", "M", "G", "T", "P")) if unit},
     **{unit + "IB": 1024**power for power, unit in enumerate(("", "K", "M", "G", "T", "P")) if unit},
 }
+_SECONDS = {"": 1, "s": 1, "min": 60, "h": 3600, "d": 86400}
 _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -39,6 +40,19 @@ def parse_bytes(text: str | int) -> int:
     if count <= 0:
         raise ValueError(f"{text!r} is not a positive size")
     return count
+
+
+def parse_seconds(text: str) -> float:
+    """Return a duration written as "90s", "30min", "1h", "2 d", or as plain seconds; "0" is one.
+
+    Raises:
+        ValueError: The text is no such duration.
+    """
+    match = _PATTERN.fullmatch(text)
+    factor = _SECONDS.get(match[2].lower()) if match else None
+    if match is None or factor is None:
+        raise ValueError(f"{text!r} is no duration; write for example 90s, 30min, 1h or 2d")
+    return float(match[1]) * factor
 
 
 def format_bytes(count: float) -> str:

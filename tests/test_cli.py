@@ -3,9 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from pipeline import __version__
+from pipeline import __version__, merging
 from pipeline.cli import OPTIONS, main
 from pipeline.engine import status as status_module
 from pipeline.errors import (
@@ -32,11 +33,12 @@ from pipeline.errors import (
     WorkerError,
 )
 from pipeline.methods import registry
+from pipeline.storage import Store, open_store
 from pipeline.units import format_bytes
 from tests.planning.plans import SMALL_SHAPES, small_family
 from tests.support.families import Family, load_folder, save_model
 
-COMMANDS = ["merge", "methods", "plan", "schema", "status", "verify"]
+COMMANDS = ["batch", "clean", "merge", "methods", "plan", "schema", "status", "verify"]
 LOCAL = ("--executor", "local")
 
 
@@ -73,7 +75,8 @@ def test_the_options_are_frozen() -> None:
     }
     assert found == set(OPTIONS)
     assert set(OPTIONS) == {
-        "--executor", "--address", "--workers", "--memory", "--device", "--overwrite", "--json"
+        "--executor", "--address", "--workers", "--memory", "--device", "--overwrite", "--json", "--progress",
+        "--older-than", "--dry-run",
     }  # fmt: skip
     assert sorted(main.commands) == COMMANDS
 
@@ -110,6 +113,9 @@ def test_help_and_version() -> None:
         ("plan", "r", "o", "--workers", "0"),
         ("plan", "r", "o", "--device", "tpu"),
         ("plan", "r", "o", "--overwrite"),
+        ("merge", "r", "o", "--progress", "loud"),
+        ("batch", "r"),
+        ("clean", "u", "--older-than", "a while"),
         ("status",),
         ("unknown",),
     ],
@@ -157,6 +163,19 @@ def test_a_plan_shows_what_a_merge_will_take_and_touches_nothing(family: Family)
     assert all(term in text for term in found["memory_per_worker"]["terms"])
 
 
+def test_a_plan_opens_the_output_as_a_merge_does(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: dict[str, object] = {}
+
+    def opening(url: str, options: Mapping[str, object] | None = None) -> Store:
+        opened[url] = options
+        return open_store(url)
+
+    monkeypatch.setattr(merging, "open_store", opening)
+    recipe = family.recipe(pipeline={"storage": {"memory://plan": {"region": "here"}}})
+    assert run("plan", recipe, "memory://plan/out", *LOCAL).exit_code == 0
+    assert opened["memory://plan/out"] == {"region": "here"}
+
+
 def test_a_plan_measures_rates_when_none_is_given(family: Family) -> None:
     found = document(run("plan", family.recipe(name="rates.yaml"), family.root / "planned", "--json"))
     assert found["rates"].startswith("measured: ")
@@ -190,7 +209,7 @@ def test_status_of_a_finished_merge(merged: Path) -> None:
     assert (found["state"], found["files"], found["files_written"]) == ("committed", 1, 1)
     assert found["bytes"] == found["bytes_written"] == 848
     assert run("status", merged).stdout == (
-        f"{merged}: committed; {found['files_measured']} measured and 1 written of 1 files, 848 B of 848 B\n"
+        f"{merged}: committed; {found['files_measured']} measured and 1 written of 1 file, 848 B of 848 B\n"
     )
 
 
@@ -330,7 +349,38 @@ def test_an_interruption_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> N
     result = run("status", "/nowhere")
     assert result.exit_code == 130
     assert result.stdout == ""
-    assert "again to resume" in result.stderr
+    assert result.stderr == "stopped; the same command resumes\n"
+
+
+@pytest.mark.parametrize(("raised", "code"), [(15, 143), (143, 143), (3, 3), (None, 0)])
+def test_an_exit_by_sigterm_is_told_from_others(monkeypatch: pytest.MonkeyPatch, raised: int | None, code: int) -> None:
+    """Ray's own handler of SIGTERM exits with the signal's number."""
+
+    def leave(_: object) -> dict[str, Any]:
+        raise SystemExit(raised)
+
+    monkeypatch.setattr(status_module, "status", leave)
+    result = run("status", "/nowhere")
+    assert result.exit_code == code
+    assert result.stderr == ("stopped; the same command resumes\n" if code == 143 else "")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [((), "the same command resumes"), (("--overwrite",), "the same command begins anew, and without --overwrite it")],
+)
+def test_a_stopped_merge_says_what_the_same_command_does(
+    family: Family, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], words: str
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        # What clearing up meets hides nothing.
+        raise StorageError(Problem(what="cannot be cleared up"))
+
+    monkeypatch.setattr(merging, "merge", stop)
+    result = run("merge", family.recipe(), family.root / "out", *options)
+    assert result.exit_code == 143
+    assert result.stderr.startswith(f"stopped; {words}")
 
 
 def test_overwrite_replaces_another_merge(family: Family, tmp_path: Path) -> None:
@@ -372,6 +422,38 @@ def test_a_process_of_its_own_keeps_stdout_for_the_document(tmp_path: Path) -> N
     assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines)
     for word in ("has no tokenizer files", "solved model", "wrote model-00001-of-00001.safetensors", "committed"):
         assert sum(word in line for line in lines) == 1
+
+
+def in_a_process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line, with colours asked for as strongly as an environment can."""
+    command = [sys.executable, "-m", "pipeline", *map(str, arguments), *LOCAL]
+    environment = {**os.environ, "FORCE_COLOR": "1", "CLICOLOR_FORCE": "1", "TERM": "xterm-256color"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
+
+
+def test_progress_as_json_is_all_there_is_on_stderr(family: Family, tmp_path: Path) -> None:
+    done = in_a_process("merge", family.recipe(name="json.yaml"), tmp_path / "o", "--progress", "json", "--json")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert all(list(line)[:2] == ["time", "event"] for line in lines)
+    for name in ("PassStarted", "GroupSolved", "FileWritten", "PassEnded", "Committed"):
+        assert sum(line["event"] == name for line in lines) == 1
+    assert json.loads(done.stdout)["fingerprint"]
+    refused = in_a_process("merge", family.recipe("linear", name="l.yaml"), tmp_path / "o", "--progress", "json")
+    assert (refused.returncode, refused.stdout) == (OutputError.exit_code, "")
+    last = json.loads(refused.stderr.splitlines()[-1])
+    assert (last["event"], last["exit_code"]) == ("Error", OutputError.exit_code)
+    assert set(last["problems"][0]) == {"what", "where", "remedy"}
+    assert "differs in the recipe" in last["problems"][0]["what"]
+
+
+@pytest.mark.parametrize("progress", ["auto", "lines"])
+def test_the_log_of_a_job_is_plain(family: Family, tmp_path: Path, progress: str) -> None:
+    done = in_a_process("merge", family.recipe(name="plain.yaml"), tmp_path / "o", "--progress", progress)
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stderr
+    assert "\r" not in done.stderr
+    assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in done.stderr.splitlines())
 
 
 def test_integers_between_the_floats_of_a_group_are_copied(tmp_path: Path) -> None:

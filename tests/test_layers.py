@@ -30,6 +30,7 @@ ORDER = (
     ("engine",),
     ("reporting",),
     ("merging",),
+    ("batch", "cleaning"),
     ("cli",),
     ("__main__",),
 )
@@ -45,7 +46,7 @@ THIRD_PARTY = {
     "numpy": ("numerics/", "methods/", "engine/", "reporting/observations.py"),
     "xxhash": ("engine/source.py",),
     "numba": ("numerics/compiled.py",),
-    "ray": ("engine/executors/ray.py",),
+    "ray": ("engine/executors/ray",),
     "rich": ("reporting/", "cli.py"),
     "click": ("cli.py",),
 }

@@ -121,6 +121,26 @@ def test_no_credentials_in_what_a_merge_leaves(family: Family, remote: dict[str,
         assert SECRET.encode() not in content
 
 
+def test_a_recipe_says_where_the_server_is(family: Family, remote: dict[str, str], s3_url: str, tmp_path: Path) -> None:
+    """The environment leads to nobody; every process of the merge takes the server from the plan."""
+    place, endpoint = prefix(s3_url), os.environ["AWS_ENDPOINT_URL"]
+    document = yaml.safe_load(family.recipe(pipeline={"file_size": "20KB"}).read_text())
+    merge(str(family.recipe(pipeline={"file_size": "20KB"})), str(tmp_path / "whole"))
+    document["pipeline"]["storage"] = {"s3": {"region": "nowhere-1"}, s3_url: {"endpoint_url": endpoint}}
+    recipe = tmp_path / "recipe.yaml"
+    text = yaml.safe_dump(document)
+    for local, there in sorted(remote.items(), key=lambda pair: -len(pair[0])):
+        text = text.replace(local, there)
+    recipe.write_text(text)
+    # Nobody listens there.
+    environment = {**os.environ, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    command = [sys.executable, "-m", "pipeline", "merge", str(recipe), f"{place}/out", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert weights(f"{place}/out") == weights(str(tmp_path / "whole"))
+    assert open_store(f"{place}/out").leftovers() == ()
+
+
 def test_a_missing_model_is_named(s3_url: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps({"merge_method": "linear", "models": [{"model": f"{s3_url}/nowhere"}]}))

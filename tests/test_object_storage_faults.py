@@ -21,6 +21,7 @@ from pipeline.merging import Resources, merge
 from pipeline.planning.memory import UPLOAD_BYTES
 from pipeline.storage import Store, open_store
 from pipeline.storage.remote import FsspecStore
+from pipeline.storage.retrying import RetryPolicy
 from tests.support.cases import HEAD, INDEX, MLP, before_writing, data_start, run_cli, tiny_family, without_retention
 from tests.support.families import Family
 from tests.support.fault_proxy import Fault, FaultProxy, Rule, fault_proxy
@@ -265,13 +266,62 @@ def test_a_key_that_is_gone_during_a_read(shared: Place, proxy: FaultProxy) -> N
 def test_a_reply_of_half_the_range_is_not_merged(shared: Place, proxy: FaultProxy) -> None:
     """Whose length is true: only the length that was asked for tells."""
     byte = byte_of(shared.family.models[0] / "model.safetensors", MLP)
-    rule = Rule(fault=Fault.HALVED, part="expert0/model.safetensors", byte=byte, after=HEADER + 1)
+    rule = Rule(fault=Fault.HALVED, part="expert0/model.safetensors", byte=byte, after=HEADER + 1, times=None)
     output = prefix(shared.url)
     with through(proxy, rule):
         error = failed(shared, output)
     assert error.exit_code == 5
     assert f"{shared.url}/expert0/model.safetensors: wanted 64 bytes from offset {byte - 8}, got 32" in str(error)
+    assert "the server sends less than it says it has" in str(error)
+    assert rule.broken == 4, "a few more tries, then no more"
     assert_no_model(output)
+
+
+def test_reads_that_are_throttled_for_good(shared: Place, proxy: FaultProxy) -> None:
+    rule = Rule(fault=Fault.SLOW_DOWN, part="expert1/model.safetensors", after=HEADER, times=None)
+    output = prefix(shared.url)
+    with through(proxy, rule):
+        error = failed(shared, output)
+    assert error.exit_code == 5
+    assert f"{shared.url}/expert1/model.safetensors: cannot read: SlowDown" in str(error)
+    assert "the store is overloaded or limits the rate: run again later, or with fewer workers" in str(error)
+    # Seven tries of ours, each three of botocore's, for each of the reads in flight.
+    assert rule.broken >= 21
+    assert_no_model(output)
+
+
+def test_a_bit_flipped_in_an_upload_is_sent_again(
+    shared: Place, proxy: FaultProxy, undisturbed: dict[str, bytes]
+) -> None:
+    rules = (
+        Rule(fault=Fault.FLIP_UPLOAD, method="PUT", part=f"{FILES[0]}?partNumber", times=2),
+        Rule(fault=Fault.FLIP_UPLOAD, method="PUT", part=f"written/{FILES[1]}"),
+    )
+    output = prefix(shared.url)
+    with through(proxy, *rules):
+        merge(str(shared.recipe), output, resources=shared.resources)
+    assert_passed(rules, output, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("input_url", "output_url", "words"),
+    [
+        ("s3://no-such-bucket-anywhere/model", "{}", "there is no such bucket (create it, or correct the URL"),
+        ("s3://Bad_Bucket!/model", "{}", "'Bad_Bucket!' is no bucket's name (correct the bucket's name"),
+        (None, "s3://Bad_Bucket!/out", "'Bad_Bucket!' is no bucket's name (correct the bucket's name"),
+    ],
+)
+def test_a_bucket_that_cannot_be(
+    shared: Place, tmp_path: Path, input_url: str | None, output_url: str, words: str
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    model = input_url or f"{shared.url}/expert0"
+    recipe.write_text(json.dumps({"merge_method": "linear", "models": [{"model": model}]}))
+    with pytest.raises(StorageError) as caught:
+        merge(str(recipe), output_url.format(prefix(shared.url)))
+    assert caught.value.exit_code == 5
+    assert words in str(caught.value)
+    assert (input_url or output_url) in str(caught.value)
 
 
 def test_an_upload_refused_for_good(shared: Place, proxy: FaultProxy, undisturbed: dict[str, bytes]) -> None:
@@ -300,18 +350,24 @@ def stream(store: Store, path: str, data: bytes) -> None:
         writer.commit()
 
 
+# Without the pauses of the real one, and without botocore's tries.
+QUICK = RetryPolicy(attempts=3, first_pause_s=0.001, longest_pause_s=0.002)
+ONCE: dict[str, object] = {"config_kwargs": {"retries": {"max_attempts": 0}}}
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_bit_flipped_on_the_way_up_never_becomes_an_object(s3_url: str, proxy: FaultProxy, streamed: bool) -> None:
     url = prefix(s3_url)
     rule = Rule(fault=Fault.FLIP_UPLOAD, method="PUT", part="object", times=None)
     with through(proxy, rule):
-        store = open_store(url)
+        store = FsspecStore(url, ONCE, retry=QUICK)
         send = partial(stream, store) if streamed else store.write
-        with pytest.raises(StorageError, match="object: cannot write") as caught:
+        with pytest.raises(StorageError, match=r"object: cannot write: .*bytes are damaged on their way") as caught:
             send("object", bytes(1000))
     assert caught.value.exit_code == 5
-    assert rule.broken
+    assert rule.broken == QUICK.attempts
     assert open_store(url).list() == ()
+    assert open_store(url).leftovers() == ()
 
 
 def test_a_stall_beyond_the_time_limit_is_tried_again(s3_url: str, proxy: FaultProxy) -> None:
@@ -322,3 +378,14 @@ def test_a_stall_beyond_the_time_limit_is_tried_again(s3_url: str, proxy: FaultP
         store = FsspecStore(url, {"config_kwargs": {"read_timeout": 1, "connect_timeout": 5}})
         assert store.read("object", 256, 5120) == bytes(range(256)) * 19
     assert (rule.seen, rule.broken) == (2, 1)
+
+
+def test_stalls_without_end_are_an_error(s3_url: str, proxy: FaultProxy) -> None:
+    url = prefix(s3_url)
+    open_store(url).write("object", bytes(range(256)) * 40)
+    rule = Rule(fault=Fault.STALL, part="object", times=None)
+    with through(proxy, rule):
+        store = FsspecStore(url, {"config_kwargs": {"read_timeout": 0.2, "retries": {"max_attempts": 0}}}, retry=QUICK)
+        with pytest.raises(StorageError, match=r"object: cannot read: .*[Tt]ime.*then run again"):
+            store.read("object", 256, 5120)
+    assert rule.broken == QUICK.attempts

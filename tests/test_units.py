@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.units import format_bytes, format_seconds, parse_bytes
+from pipeline.units import format_bytes, format_seconds, parse_bytes, parse_seconds
 
 UNITS = {
     "": 1,
@@ -104,3 +104,17 @@ def test_what_is_shown_can_be_read_back_within_its_digits(count: int) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("0", 0), ("90", 90), ("90s", 90), ("1.5 min", 90), ("1h", 3600), ("0.5H", 1800), (" 2 d ", 172_800)],
+)
+def test_durations_are_read(text: str, seconds: float) -> None:
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "h", "-1h", "1 hour", "1m", "1h30min", "nan", "inf"])
+def test_what_is_no_duration_is_refused_by_its_text(text: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(repr(text))):
+        parse_seconds(text)

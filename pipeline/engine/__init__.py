@@ -1,4 +1,4 @@
 """Running a plan: workers that read, measure, solve and write, and the driver that leads them.
 
-Owns execution and the run folder. Ray is known to ``executors/ray.py`` alone.
+Owns execution and the run folder. Ray is known to the modules ``executors/ray*.py`` alone.
 """

@@ -5,6 +5,7 @@ Owns the measurement behind the plan's projected seconds. Runs only when a plan 
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -50,7 +51,7 @@ def measure_rates(plan: Plan, memory: Memory, *, workers: int) -> Rates | None:
         median=None,
         distances=np.zeros((0, 0)),
     )
-    trial = Memory(terms={}, threads=threads, window=threads, retained_bytes=0)
+    trial = dataclasses.replace(memory, threads=threads, window=threads, retained_bytes=0)
     worker = ShardWorker(Job(plan=plan, output_url=".", memory=trial, device="cpu"))
     checksums: dict[tuple[int, int], np.ndarray] = {}
     first = 0.0

@@ -7,7 +7,7 @@ output files. Thread-safe.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from pipeline.engine.factor_math import (
     write_factors,
     write_panel,
 )
+from pipeline.engine.read_ahead import Need
+from pipeline.engine.read_checks import check_agreement, check_factor_sums, check_sums
 from pipeline.engine.run_folder import ChunkRow
 from pipeline.engine.solutions import Solution
 from pipeline.engine.source import ChunkSource, Loaded
@@ -83,7 +85,7 @@ class ChunkTasks:
             return _NOTHING
         prepared = self._read(tensor, drop=True)
         if self._plan.settings.measured and planned.factored:
-            self._source.check_factor_sums(tensor, prepared.checksums, checksums[tensor, 0])
+            check_factor_sums(self._plan, tensor, prepared.checksums, checksums[tensor, 0])
         return self.combined(tensor, prepared, solution)
 
     def combined(self, tensor: int, prepared: Prepared, solution: Solution | None, *, reused: bool = False) -> Prepared:
@@ -169,17 +171,62 @@ class ChunkTasks:
             return write_factors(plan, chunk.tensor, prepared.updates, solution)
         with self._source.lease(chunk, merged_inputs(plan, chunk.tensor), drop=True) as loaded:
             if plan.settings.measured and tensor.shared is None:
-                self._source.check_sums(loaded, checksums[chunk.tensor, chunk.start], prepared.checksums)
+                check_sums(plan, loaded, checksums[chunk.tensor, chunk.start], prepared.checksums)
             else:
                 self._source.check_copies(loaded)
             if solution is None:
-                self._source.check_agreement(loaded)
+                check_agreement(plan, loaded)
             return self._merged(loaded, solution, prepared)
+
+    def is_one_read(self, tensor: int) -> bool:
+        """Return whether a tensor is measured and merged by one lease of its only chunk, if one task does both."""
+        measured, written = self._plan.measured_chunks(tensor), self._plan.written_chunks(tensor)
+        return bool(measured) and measured == written and not self._plan.tensors[tensor].factored
+
+    def needs_to_measure(self, chunk: Chunk) -> Iterator[Need]:
+        """Yield what `measure` will ask for, and `read` before a tensor's first chunk."""
+        if chunk.start == 0:
+            yield from self._factor_needs(chunk.tensor, keep=True)
+        if not self._plan.tensors[chunk.tensor].factored:
+            yield from _chunk_needs(chunk, measured_inputs(self._plan, chunk.tensor), keep=True)
+
+    def needs_to_probe(self, chunk: Chunk) -> Iterator[Need]:
+        """Yield what `probe` will ask for, and `read` before a tensor's first chunk."""
+        if chunk.start == 0:
+            yield from self._factor_needs(chunk.tensor, keep=True)
+        if not self._plan.tensors[chunk.tensor].factored:
+            inputs = dense_inputs(self._plan, chunk.tensor, probed_points(self._plan))
+            yield from _chunk_needs(chunk, inputs, keep=True)
+
+    def needs_to_merge(self, chunk: Chunk) -> Iterator[Need]:
+        """Yield what `merge` will ask for, and `read_again` before a tensor's first chunk."""
+        if chunk.start == 0:
+            yield from self._factor_needs(chunk.tensor, drop=True)
+        yield from _chunk_needs(chunk, merged_inputs(self._plan, chunk.tensor), drop=True)
+
+    def needs_of_all(self, tensor: int) -> Iterator[Need]:
+        """Yield what a tensor that is done by one task will ask for: `read`, then all of `measure` and `merge`."""
+        plan = self._plan
+        measured, written = plan.measured_chunks(tensor), plan.written_chunks(tensor)
+        yield from self._factor_needs(tensor)
+        if self.is_one_read(tensor):
+            inputs = (*measured_inputs(plan, tensor), *merged_inputs(plan, tensor))
+            yield from _chunk_needs(measured[0], inputs)
+            return
+        if not plan.tensors[tensor].factored:
+            for chunk in measured:
+                yield from _chunk_needs(chunk, measured_inputs(plan, tensor), keep=True)
+        for chunk in written:
+            yield from _chunk_needs(chunk, merged_inputs(plan, tensor), drop=True)
+
+    def _factor_needs(self, tensor: int, *, keep: bool = False, drop: bool = False) -> Iterator[Need]:
+        if self._plan.tensors[tensor].updates:
+            yield Need(tensor=tensor, keep=keep, drop=drop)
 
     def _measured(self, loaded: Loaded, prepared: Prepared) -> tuple[ChunkRow, dict[int, int]]:
         self._source.check_copies(loaded)
         if self._plan.tensors[loaded.chunk.tensor].group < 0:
-            self._source.check_agreement(loaded)
+            check_agreement(self._plan, loaded)
         sums = chunk_checksums(self._plan, loaded, prepared.checksums)
         row = measure_chunk(self._plan, loaded, prepared.updates, sums, self._device)
         self._advance(loaded.nbytes)
@@ -201,3 +248,10 @@ class ChunkTasks:
     def _advance(self, size_bytes: int) -> None:
         with self._lock:
             self.done_bytes += size_bytes
+
+
+def _chunk_needs(chunk: Chunk, inputs: Sequence[int], *, keep: bool = False, drop: bool = False) -> Iterator[Need]:
+    """Yield the need of a lease; none where no input is read."""
+    if inputs:
+        distinct = tuple(dict.fromkeys(inputs))
+        yield Need(tensor=chunk.tensor, chunk=chunk, inputs=distinct, keep=keep, drop=drop)

@@ -16,18 +16,20 @@ from typing import Any
 import numpy as np
 
 from pipeline.engine.executors.base import Executor, Usage
-from pipeline.engine.output import is_written
+from pipeline.engine.output import written_markers
+from pipeline.engine.reductions import Reductions, Requests, Totals, forget_reductions
 from pipeline.engine.run_folder import (
     MEASURED,
     SOLUTIONS,
     WRITTEN,
+    at_once,
     finished,
     group_sums,
+    is_measured,
     read_json,
     read_rows,
     square,
     write_json,
-    written_path,
 )
 from pipeline.engine.solutions import (
     Solution,
@@ -90,14 +92,23 @@ class Driver:
     Args:
         plan: The plan, saved in the output already.
         output: The output folder.
-        executor: Not started; it is started only if there is work.
+        executor: It is started, for this job, only if there is work, and closed by its owner.
         job: What workers need.
         workers: How many.
         listener: Told what happens.
+        guard: Raises when this run may no longer write; called now and then, so it must be quick.
     """
 
     def __init__(
-        self, *, plan: Plan, output: Store, executor: Executor, job: Job, workers: int, listener: Listener
+        self,
+        *,
+        plan: Plan,
+        output: Store,
+        executor: Executor,
+        job: Job,
+        workers: int,
+        listener: Listener,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
         self._plan = plan
         self._output = output
@@ -105,37 +116,42 @@ class Driver:
         self._job = job
         self._workers = workers
         self._listen = listener
+        self._guard = guard
         self._started = False
         self._base_bytes = 0
         self._sums: dict[int, ExactSum] = {}
         self._outcome = Outcome(workers=workers, executor=executor.name)
 
     def run(self) -> Outcome:
-        """Do what is not done yet and return everything; the executor is closed in any case.
+        """Do what is not done yet and return everything; the executor is left open.
 
         Raises:
             PipelineError: The first failure of any phase.
         """
-        outcome, plan = self._outcome, self._plan
         try:
-            if plan.settings.measured:
-                self._measure()
-                solutions = self._solve()
-            else:
-                solutions = {}
-            for group, planned in enumerate(plan.groups):
-                if planned.coefficients is not None:
-                    solutions[group] = fixed_solution(plan, group)
-            written = self._write(solutions)
-            for record in written.values():
-                solutions.update({solution.group: solution for solution in record.solutions})
-            outcome.solutions = tuple(solutions[group] for group in range(len(plan.groups)))
-            outcome.written = tuple(written[file] for file in range(len(plan.files)))
-            self._check_distances()
-            if self._started:
-                outcome.usage = self._executor.usage()
-        finally:
-            self._executor.close()
+            return self._run()
+        except BaseException:
+            # Before the claim is let go of: nobody of ours may write after that.
+            self._executor.halt()
+            raise
+
+    def _run(self) -> Outcome:
+        outcome, plan = self._outcome, self._plan
+        solutions: dict[int, Solution] = {}
+        if plan.settings.measured:
+            self._measure()
+            solutions = self._solve()
+        for group, planned in enumerate(plan.groups):
+            if planned.coefficients is not None:
+                solutions[group] = fixed_solution(plan, group)
+        written = self._write(solutions)
+        for record in written.values():
+            solutions.update({solution.group: solution for solution in record.solutions})
+        outcome.solutions = tuple(solutions[group] for group in range(len(plan.groups)))
+        outcome.written = tuple(written[file] for file in range(len(plan.files)))
+        self._check_distances()
+        if self._started:
+            outcome.usage = self._executor.usage()
         return outcome
 
     def _start(self) -> Executor:
@@ -147,14 +163,17 @@ class Driver:
     def _measure(self) -> None:
         """Measure the files that no earlier run has measured; fused ones wait for the writing pass."""
         plan = self._plan
-        if self._output.exists(SOLUTIONS):
+        if self._saved_solutions() is not None:
             return
-        done = finished(self._output, MEASURED, ".parquet")
         wanted = [file for file, layout in enumerate(plan.files) if not layout.fused]
+        marked = finished(self._output, MEASURED, ".parquet")
+        names = [plan.files[file].name for file in wanted if plan.files[file].name in marked]
+        ours = at_once(self._output, lambda name: is_measured(self._output, name, plan.fingerprint), names)
+        done = {name for name, own in zip(names, ours, strict=True) if own}
         missing = [file for file in wanted if plan.files[file].name not in done]
         for file in wanted:
             if file not in missing:
-                self._add(group_sums(plan, read_rows(self._output, plan.files[file].name)))
+                self._add(group_sums(plan, read_rows(self._output, plan.files[file].name, plan.fingerprint)))
         self._note_resumed("measured", len(wanted) - len(missing))
         if not missing:
             return
@@ -169,7 +188,7 @@ class Driver:
         plan = self._plan
         fused = {plan.tensors[t].group for layout in plan.files if layout.fused for t in layout.tensors}
         wanted = [g for g, group in enumerate(plan.groups) if g not in fused and group.coefficients is None]
-        saved = read_json(self._output, SOLUTIONS)
+        saved = self._saved_solutions()
         if saved is not None:
             return {int(entry["group"]): solution_from_json(entry) for entry in saved["solutions"]}
         if not wanted:
@@ -184,9 +203,16 @@ class Driver:
         else:
             solutions = {group: solve_group(plan, method, group, tables[group]) for group in wanted}
         self._tell_solved(solutions.values())
-        write_json(self._output, SOLUTIONS, {"solutions": [solution.to_json() for solution in solutions.values()]})
+        found = [solution.to_json() for solution in solutions.values()]
+        write_json(self._output, SOLUTIONS, {"fingerprint": plan.fingerprint, "solutions": found})
+        forget_reductions(self._output)
         self._outcome.seconds["solve"] = time.perf_counter() - started
         return solutions
+
+    def _saved_solutions(self) -> dict[str, Any] | None:
+        """Return what an earlier run of this plan has solved, or None."""
+        saved = read_json(self._output, SOLUTIONS)
+        return saved if saved is not None and saved.get("fingerprint") == self._plan.fingerprint else None
 
     def _stream(self, wanted: Sequence[int], tables: Mapping[int, np.ndarray]) -> dict[int, Solution]:
         """Return solutions whose coefficients come from iterations over the parameters."""
@@ -197,14 +223,17 @@ class Driver:
             for index, tensor in enumerate(plan.tensors)
             if tensor.group in wanted
         )
-        executor = self._start()
 
-        def reduce(requests: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+        def measure(number: int, requests: Requests) -> Totals:
+            if reductions.replayed == number - 1 > 0:
+                self._listen(Note(text=f"resumed: {number - 1} iterations over the parameters were done before"))
             self._outcome.stream_passes += 1
-            with self._pass(f"iteration {self._outcome.stream_passes}", total, len(plan.files)) as tick:
-                return executor.all_reduce(requests, tick)
+            with self._pass(f"iteration {number}", total, len(plan.files)) as tick:
+                limbs = self._start().all_reduce(requests, tick)
+            return {group: ExactSum.from_limbs(values).total() for group, values in limbs.items()}
 
-        medians = stream_groups(plan, wanted, reduce)
+        reductions = Reductions(self._output, plan.fingerprint, measure)
+        medians = stream_groups(plan, wanted, reductions)
         return {group: with_median(plan, group, tables[group], median) for group, median in medians.items()}
 
     def _tables(self, wanted: Sequence[int]) -> dict[int, np.ndarray]:
@@ -224,11 +253,11 @@ class Driver:
         """Write the files that no earlier run has finished."""
         plan = self._plan
         done = finished(self._output, WRITTEN, ".json")
-        written = {}
-        for file, layout in enumerate(plan.files):
-            record = read_json(self._output, written_path(layout.name)) if layout.name in done else None
-            if record is not None and is_written(self._output, layout.name):
-                written[file] = _from_marker(record)
+        names = [layout.name for layout in plan.files if layout.name in done]
+        markers = written_markers(self._output, names, plan.fingerprint)
+        written = {
+            file: _from_marker(markers[layout.name]) for file, layout in enumerate(plan.files) if layout.name in markers
+        }
         self._note_resumed("written", len(written))
         missing = [file for file in range(len(plan.files)) if file not in written]
         if not missing:
@@ -290,11 +319,13 @@ class Driver:
     @contextmanager
     def _pass(self, name: str, total_bytes: int, files: int) -> Iterator[Callable[[int], None]]:
         started = time.perf_counter()
+        self._guard()
         self._listen(PassStarted(name=name, total_bytes=total_bytes, files=files))
         last = self._base_bytes
 
         def tick(done_bytes: int) -> None:
             nonlocal last
+            self._guard()
             last = max(last, done_bytes)
             self._listen(PassProgress(name=name, done_bytes=last - self._base_bytes))
 

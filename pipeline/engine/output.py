@@ -7,26 +7,37 @@ adapter's configuration, is the commit: before it exists no loader finds weights
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
 from pipeline.checkpoints.adapter import ADAPTER_CONFIG
 from pipeline.checkpoints.dtypes import DTYPES
 from pipeline.checkpoints.sidecars import MODEL_FILES, output_config, side_files, tokenizer_files
-from pipeline.engine.run_folder import FOLDER, INDEX, PLAN, REPORT, SIDE_FILES, read_json, write_json, written_path
-from pipeline.errors import BudgetError, OutputError, Problem, VerificationError
+from pipeline.engine.refusals import check_room, occupied, refuse_inputs, refuse_other_plan, refuse_replaced
+from pipeline.engine.run_folder import (
+    FOLDER,
+    INDEX,
+    PLAN,
+    REPORT,
+    SIDE_FILES,
+    SUMMARY,
+    at_once,
+    read_json,
+    write_json,
+    written_path,
+)
+from pipeline.engine.runs import RUNS
+from pipeline.errors import OutputError, VerificationError
 from pipeline.numerics.dtypes import config_name
 from pipeline.planning.adapters import Member
 from pipeline.planning.plan import Plan
-from pipeline.storage import Store
-from pipeline.units import format_bytes
+from pipeline.storage import MissingObject, Store
 
 # What is written last, by the kind of output: no loader finds weights in the folder before it exists.
 _COMMITS = {"model": INDEX, "adapter": ADAPTER_CONFIG}
-# Room beside the weights for statistics, tokenizer and reports.
-_EXTRA_BYTES = 64_000_000
+# What a merge may make.
+KINDS = frozenset(_COMMITS)
 # What makes a folder a checkpoint; removed by --overwrite, so that two models never lie in one folder.
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 
@@ -39,86 +50,125 @@ class State(Enum):
     COMMITTED = "committed"
 
 
-def prepare(plan: Plan, output: Store, *, overwrite: bool) -> State:
-    """Check an output folder, clear it if told to, and save the plan in it.
+def examine(plan: Plan, output: Store, *, overwrite: bool, continues: bool = False) -> State:
+    """Return what an output folder holds of a merge; reads only.
 
     Args:
         plan: The plan.
         output: The folder.
         overwrite: Whether what is in it may be removed: another merge or model, or this merge's own beginning.
+        continues: Whether the run before was making the folder anew, by --overwrite, when it was killed or interrupted:
+            what it has done of this very merge is kept, unless it is committed.
 
     Raises:
         OutputError: It is an input's folder, or holds another merge or model.
-        StorageError: It cannot be written.
-        BudgetError: The disk has no room.
         VerificationError: The plan in it is damaged.
     """
     refuse_inputs(plan, output)
-    output.probe_writable()
-    output.sweep()
     paths = output.list()
     try:
-        existing = read_json(output, PLAN)
+        existing = read_json(output, PLAN) if PLAN in paths else None
     except VerificationError:
         if not overwrite:
             raise
         existing = None
-    if not overwrite and existing is not None and existing.get("fingerprint") == plan.fingerprint:
-        whole = all(is_written(output, file.name) for file in plan.files)
-        if commit_path(plan) in paths and whole and not missing_side_files(output):
+    if existing is not None and existing.get("fingerprint") == plan.fingerprint:
+        if overwrite:
+            return State.PARTIAL if continues and commit_path(plan) not in paths else State.FRESH
+        whole = {commit_path(plan), REPORT} <= set(paths) and not missing_side_files(output, paths)
+        names = [file.name for file in plan.files]
+        if whole and len(written_markers(output, names, plan.fingerprint)) == len(names):
             return State.COMMITTED
-        # A checkpoint that lost a file or a part of one is none: what is missing is written again.
-        output.delete(commit_path(plan))
-        _check_room(plan, output)
         return State.PARTIAL
-    if paths and not overwrite and not _only_planned(paths):
-        raise OutputError(_occupied(plan, output, existing))
-    _check_room(plan, output)
-    _clear(output, paths)
-    write_json(output, PLAN, plan.to_json())
+    if paths and not overwrite and not _only_begun(paths):
+        raise OutputError(occupied(plan, output, existing))
     return State.FRESH
 
 
-def missing_side_files(output: Store) -> list[str]:
-    """Return the configuration, tokenizer and report files that a commit wrote and that are gone."""
-    recorded = (read_json(output, SIDE_FILES) or {}).get("paths", [])
-    return [path for path in recorded if not output.exists(path)]
+def prepare(plan: Plan, output: Store, *, overwrite: bool, continues: bool = False) -> State:
+    """Check an output folder, clear it if told to, and save the plan in it. The caller holds its claim.
 
-
-def _only_planned(paths: tuple[str, ...]) -> bool:
-    """Return whether a run left nothing here but its plan, as one does that was refused in its first pass."""
-    return all(path == PLAN for path in paths)
-
-
-def is_written(output: Store, name: str) -> bool:
-    """Return whether an output file is there with the size that its marker states."""
-    marker = read_json(output, written_path(name))
-    return marker is not None and output.exists(name) and output.stat(name).size_bytes == marker.get("size_bytes")
-
-
-def refuse_inputs(plan: Plan, output: Store) -> None:
-    """Raise when the output folder is the folder of an input, holds one, or lies in one.
+    Args:
+        plan: The plan.
+        output: The folder.
+        overwrite: As of `examine`.
+        continues: As of `examine`.
 
     Raises:
-        OutputError: Names the input.
+        PipelineError: As of `examine`.
+        StorageError: It cannot be written.
+        BudgetError: The disk has no room.
     """
-    place = _place(output.url)
-    for item in plan.inputs:
-        source = _place(item.url)
-        if place.startswith(source) or source.startswith(place):
-            raise OutputError(
-                Problem(
-                    what=f"overlaps with the folder of model {item.name}, {item.url}",
-                    where=f"output {output.location()}",
-                    remedy="choose another output folder",
-                )
-            )
+    state = examine(plan, output, overwrite=overwrite, continues=continues)
+    if state is State.COMMITTED:
+        return state
+    output.probe_writable()
+    output.sweep()
+    paths = output.list()
+    check_room(plan, output, paths)
+    if state is State.PARTIAL:
+        # A checkpoint that lost a file or a part of one is none: what is missing is written again.
+        output.delete(commit_path(plan))
+        # One that was killed while it took this merge's place may have left its own.
+        write_json(output, SUMMARY, _summary(plan))
+        return state
+    _clear(output, paths)
+    write_json(output, SUMMARY, _summary(plan))
+    write_json(output, PLAN, plan.to_json())
+    return state
 
 
-def _place(url: str) -> str:
-    """Return a folder with one slash at its end; of a local one its real path, so that no link hides an input."""
-    real = url if "://" in url else os.path.realpath(url)
-    return real.rstrip("/") + "/"
+def missing_side_files(output: Store, paths: Sequence[str]) -> list[str]:
+    """Return the configuration, tokenizer and report files that a commit wrote and that are gone.
+
+    Args:
+        output: The folder.
+        paths: What lies in it.
+    """
+    recorded = (read_json(output, SIDE_FILES) or {}).get("paths", [])
+    present = frozenset(paths)
+    return [path for path in recorded if path not in present]
+
+
+def written_markers(output: Store, names: Sequence[str], fingerprint: str) -> dict[str, dict[str, Any]]:
+    """Return, by name, the markers of the output files that are there with the size that their marker states.
+
+    Args:
+        output: The folder.
+        names: The output files.
+        fingerprint: The plan's. The marker of another plan, left by a worker that nobody could stop, or of none, counts
+            for nothing; nor does a damaged one.
+    """
+
+    def request(name: str) -> dict[str, Any] | None:
+        try:
+            marker = read_json(output, written_path(name))
+        except VerificationError:
+            return None
+        if marker is None or marker.get("fingerprint") != fingerprint:
+            return None
+        try:
+            whole = output.stat(name).size_bytes == marker.get("size_bytes")
+        except MissingObject:
+            return None
+        return marker if whole else None
+
+    found = zip(names, at_once(output, request, names), strict=True)
+    return {name: marker for name, marker in found if marker is not None}
+
+
+def _only_begun(paths: Sequence[str]) -> bool:
+    """Return whether a run left nothing here but its plan, as one does that was refused in its first pass."""
+    return all(path in (PLAN, SUMMARY) or path.startswith(f"{RUNS}/") for path in paths)
+
+
+def _summary(plan: Plan) -> dict[str, object]:
+    """Return what `geomerge status` needs of a plan."""
+    return {
+        "fingerprint": plan.fingerprint,
+        "settings": {"method": plan.settings.method, "output": plan.settings.output},
+        "files": [{"name": file.name, "size_bytes": file.size_bytes} for file in plan.files],
+    }
 
 
 def commit(
@@ -127,6 +177,9 @@ def commit(
     donors: Sequence[Member],
     documents: Mapping[str, bytes],
     adapter_config: Mapping[str, object] | None = None,
+    *,
+    written: Mapping[str, str],
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Write everything beside the weights and then the file that makes the folder a model or an adapter.
 
@@ -136,7 +189,17 @@ def commit(
         donors: Whose configuration and tokenizer are taken; what a later one has replaces an earlier one's.
         documents: Report, model card and tables by path.
         adapter_config: Of a merged adapter.
+        written: By name, the SHA-256 of the files' bytes as this run knows them.
+        check: Raises when this run may no longer write; called at the beginning and before the last file.
     """
+
+    def last_look() -> None:
+        refuse_other_plan(plan, output)
+        refuse_replaced(output, written, written_markers(output, list(written), plan.fingerprint))
+        check()
+
+    # Also before anything is written: what another merge may have made of the folder by now is left as it is.
+    last_look()
     output.sweep()
     # Of a base an adapter needs nothing; a tokenizer only where the recipe names one.
     as_model = plan.settings.output == "model"
@@ -156,6 +219,7 @@ def commit(
     for path, data in documents.items():
         output.write(path, data)
     last = index(plan) if as_model else adapter_config
+    last_look()
     output.write(commit_path(plan), (json.dumps(last, indent=2) + "\n").encode())
 
 
@@ -164,15 +228,15 @@ def commit_path(plan: Plan) -> str:
     return _COMMITS[plan.settings.output]
 
 
-def is_committed(output: Store, plan: Mapping[str, Any]) -> bool:
+def is_committed(paths: Sequence[str], plan: Mapping[str, Any]) -> bool:
     """Return whether the file that is written last is there.
 
     Args:
-        output: The folder.
-        plan: The JSON form of the plan in it.
+        paths: What lies in the output folder.
+        plan: The JSON form of the plan in it, or its summary.
     """
     # Plans of earlier versions know models only.
-    return output.exists(_COMMITS[plan["settings"].get("output", "model")])
+    return _COMMITS[plan["settings"].get("output", "model")] in paths
 
 
 def index(plan: Plan) -> dict[str, object]:
@@ -191,50 +255,22 @@ def main_dtype(plan: Plan) -> str:
     return max(sizes, key=lambda name: sizes[name])
 
 
-def _occupied(plan: Plan, output: Store, existing: Mapping[str, object] | None) -> Problem:
-    if existing is None:
-        return Problem(
-            what="is not empty and holds no merge of ours",
-            where=f"output {output.location()}",
-            remedy="choose an empty folder, or give --overwrite to remove the weights in it",
-        )
-    parts = existing.get("parts")
-    old = parts if isinstance(parts, dict) else {}
-    changed = [name for name, digest in plan.parts.items() if old.get(name) != digest]
-    words = {"recipe": "the recipe", "sources": "the models' files", "layout": "the layout"}
-    return Problem(
-        what=f"holds a merge that differs in {' and '.join(words[name] for name in changed) or 'its version'}",
-        where=f"output {output.location()}",
-        remedy="choose another folder, or give --overwrite to start again",
-    )
-
-
-def _check_room(plan: Plan, output: Store) -> None:
-    free = output.free_bytes()
-    # Weights that lie there now are replaced or removed before the new ones are written.
-    present = [path for path in output.list() if "/" not in path and path.endswith(".safetensors")]
-    freed_bytes = sum(output.stat(path).size_bytes for path in present)
-    needed = sum(file.size_bytes for file in plan.files) + _EXTRA_BYTES - freed_bytes
-    if free is not None and needed > free:
-        raise BudgetError(
-            Problem(
-                what=f"the disk has {format_bytes(free)} free, but the merge writes {format_bytes(needed)}",
-                where=f"output {output.location()}",
-                remedy=f"free {format_bytes(needed - free)}, or choose another place",
-            )
-        )
-
-
 def _clear(output: Store, paths: tuple[str, ...]) -> None:
-    """Remove an earlier checkpoint and run, the commit first; what else lies there is left alone."""
+    """Remove an earlier checkpoint and merge, the commit first; what else lies there, and the claim, is left alone.
+
+    Killed at any point it leaves a folder that is known as a merge of ours: the record of its side files goes after
+    them, and its plan stays until the new one takes its place.
+    """
     try:
         recorded = (read_json(output, SIDE_FILES) or {}).get("paths", [])
     except VerificationError:
         recorded = []
-    for path in (INDEX, ADAPTER_CONFIG, PLAN):
+    for path in (INDEX, ADAPTER_CONFIG):
         output.delete(path)
     for path in paths:
         top = "/" not in path
         belongs = top and (path.endswith(_WEIGHTS) or path in MODEL_FILES or path == REPORT)
-        if path.startswith(f"{FOLDER}/") or belongs or path in recorded:
+        ours = path.startswith(f"{FOLDER}/") and not path.startswith(f"{RUNS}/")
+        if path not in (PLAN, SIDE_FILES) and (ours or belongs or path in recorded):
             output.delete(path)
+    output.delete(SIDE_FILES)

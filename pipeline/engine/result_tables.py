@@ -36,7 +36,7 @@ def save_tables(plan: Plan, outcome: Outcome, output: Store) -> list[float] | No
     names = ("tensor", "group", "elements", "squared_distances", "unchanged")
     with TableWriter(output, DISTANCES, names, metadata) as table:
         for layout in plan.files:
-            unchanged_P += _add_file(plan, read_rows(output, layout.name), table)
+            unchanged_P += _add_file(plan, read_rows(output, layout.name, plan.fingerprint), table)
         table.finish()
     write_table(output, ITERATIONS, _iteration_columns(plan, outcome), metadata)
     elements = sum(group.elements for group in plan.groups)

@@ -1,27 +1,35 @@
 """The run folder ``_geomerge/`` inside an output: what has been done, so that a second run need not do it again.
 
 Owns names and formats of plan, statistics, solutions and markers. Every file is written atomically; a marker is written
-after what it marks.
+after what it marks. Statistics, solutions and markers carry the plan's fingerprint, and those of another plan count for
+nothing: they come from a worker of an earlier merge that nobody could stop.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from pipeline.checkpoints.tables import TableWriter, read_arrays
+from pipeline.checkpoints.tables import TableWriter, read_arrays, read_table_metadata
 from pipeline.errors import Problem, VerificationError
 from pipeline.numerics.exact_sum import ExactSum
 from pipeline.planning.plan import Plan
-from pipeline.storage import Store
+from pipeline.storage import MissingObject, Store
+
+T = TypeVar("T")
 
 FOLDER = "_geomerge"
 PLAN = f"{FOLDER}/plan.json"
+# What `geomerge status` needs of the plan, which itself may be hundreds of megabytes.
+SUMMARY = f"{FOLDER}/summary.json"
 SOLUTIONS = f"{FOLDER}/solutions.json"
+# What iterations over the parameters have measured so far.
+REDUCTIONS = f"{FOLDER}/reductions"
 MEASURED = f"{FOLDER}/measured"
 WRITTEN = f"{FOLDER}/written"
 SIDE_FILES = f"{FOLDER}/side_files.json"
@@ -32,6 +40,8 @@ INDEX = "model.safetensors.index.json"
 REPORT = "geomerge_report.json"
 # The columns of a file's statistics.
 _ROW = ("tensor", "start", "distances", "unchanged", "checksums")
+# Small requests at a time: thirty files are asked for in the time of two, and no server takes this for an attack.
+_REQUESTS = 16
 # Distances added at a time: enough rows for the sums to be worth touching, few enough not to matter.
 _SUMMED_BYTES = 32_000_000
 
@@ -78,10 +88,12 @@ def read_json(store: Store, path: str) -> dict[str, Any] | None:
     Raises:
         VerificationError: It is damaged.
     """
-    if not store.exists(path):
+    try:
+        data = store.read(path)
+    except MissingObject:
         return None
     try:
-        document = json.loads(store.read(path))
+        document = json.loads(data)
     except ValueError:  # no UTF-8, or no JSON
         document = None
     if not isinstance(document, dict):
@@ -122,12 +134,39 @@ class RowsWriter(TableWriter):
         self.append(*(getattr(row, name) for name in _ROW))
 
 
-def read_rows(store: Store, file: str) -> Iterator[ChunkRow]:
-    """Yield the saved statistics of one output file, a part of them in memory at a time.
+def is_measured(store: Store, file: str, fingerprint: str) -> bool:
+    """Return whether the saved statistics of one output file, which are there, were measured by a plan.
 
     Raises:
         VerificationError: The file is damaged.
     """
+    return read_table_metadata(store, measured_path(file)).get("fingerprint") == fingerprint
+
+
+def _refuse_foreign_rows(store: Store, file: str, fingerprint: str | None) -> None:
+    if fingerprint is None or is_measured(store, file, fingerprint):
+        return
+    raise VerificationError(
+        Problem(
+            what="was measured by another merge, which still wrote here when this one had begun",
+            where=store.location(measured_path(file)),
+            remedy="end whatever else writes there, and start again with --overwrite",
+        )
+    )
+
+
+def read_rows(store: Store, file: str, fingerprint: str | None = None) -> Iterator[ChunkRow]:
+    """Yield the saved statistics of one output file, a part of them in memory at a time.
+
+    Args:
+        store: The output.
+        file: The output file's name.
+        fingerprint: Of the plan that must have measured them; None for any.
+
+    Raises:
+        VerificationError: The file is damaged, or was measured by another plan.
+    """
+    _refuse_foreign_rows(store, file, fingerprint)
     for part in read_arrays(store, measured_path(file), _ROW):
         for tensor, start, distances, unchanged, checksums in zip(*(part[name] for name in _ROW), strict=True):
             yield ChunkRow(
@@ -135,12 +174,18 @@ def read_rows(store: Store, file: str) -> Iterator[ChunkRow]:
             )
 
 
-def load_checksums(store: Store, file: str) -> dict[tuple[int, int], np.ndarray]:
+def load_checksums(store: Store, file: str, fingerprint: str | None = None) -> dict[tuple[int, int], np.ndarray]:
     """Return, by tensor and start, the hashes (I, int64) of a file's chunks, without reading their distances.
 
+    Args:
+        store: The output.
+        file: The output file's name.
+        fingerprint: Of the plan that must have measured them; None for any.
+
     Raises:
-        VerificationError: The file is damaged.
+        VerificationError: The file is damaged, or was measured by another plan.
     """
+    _refuse_foreign_rows(store, file, fingerprint)
     return {
         (int(tensor), int(start)): checksums
         for part in read_arrays(store, measured_path(file), ("tensor", "start", "checksums"))
@@ -150,9 +195,31 @@ def load_checksums(store: Store, file: str) -> dict[tuple[int, int], np.ndarray]
 
 def finished(store: Store, folder: str, suffix: str) -> frozenset[str]:
     """Return the output files that have a marker below `folder`, by one listing."""
+    return marked(store.list(folder), folder, suffix)
+
+
+def marked(paths: Iterable[str], folder: str, suffix: str) -> frozenset[str]:
+    """Return the output files that have a marker below `folder` among the paths of a listing."""
+    start = f"{folder}/"
     return frozenset(
-        path.removeprefix(f"{folder}/").removesuffix(suffix) for path in store.list(folder) if path.endswith(suffix)
+        path.removeprefix(start).removesuffix(suffix)
+        for path in paths
+        if path.startswith(start) and path.endswith(suffix)
     )
+
+
+def at_once(store: Store, request: Callable[[str], T], names: Sequence[str]) -> list[T]:
+    """Return what a request to a store gives for each of some names, in their order.
+
+    Args:
+        store: One of this machine is asked one by one; another many times at once, for each answer takes a while.
+        request: Asks for one name.
+        names: Paths, or what paths are made of.
+    """
+    if store.is_local or len(names) < 2:
+        return [request(name) for name in names]
+    with ThreadPoolExecutor(min(_REQUESTS, len(names)), thread_name_prefix="request") as pool:
+        return list(pool.map(request, names))
 
 
 class GroupSums:

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import xxhash
 
-from pipeline.checkpoints.dtypes import DTYPES
-from pipeline.errors import CheckpointError, Problem, VerificationError
+from pipeline.engine.fetch import Fetcher, Want
+from pipeline.engine.read_ahead import ALIGNMENT, Held, Key, Need, ReadAhead, Ring
+from pipeline.errors import CheckpointError, Problem
 from pipeline.planning.grid import Chunk
-from pipeline.planning.memory import Memory, slot_bytes
-from pipeline.planning.plan import Plan, Source, Update
-from pipeline.planning.traffic import factor_bytes, merged_inputs
+from pipeline.planning.memory import Memory, lease_bytes, slot_bytes
+from pipeline.planning.places import ByteRange, chunk_range, copy_ranges, factor_ranges
+from pipeline.planning.plan import Plan
+from pipeline.planning.traffic import merged_inputs
 from pipeline.storage import MissingObject, ObjectStat, Store, open_store
-
-# Tensors handed to the kernels start at multiples of a cache line, whatever their dtype.
-_ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,26 +64,55 @@ class LoadedFactors:
         return _signed(digest.intdigest())
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Room:
+    """A buffer that one need may use until it gives it back."""
+
+    buffer: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint8))
+    give_back: Callable[[], None] | None = None
+
+
 class ChunkSource:
     """Reads chunks of a plan's inputs.
 
+    Local files are read by the thread that asks. As soon as one input is remote, all are read by a worker's own reading
+    threads, many ranges at a time, and ahead of the tasks that announced themselves.
+
     Args:
         plan: The plan.
-        memory: How many chunks may be in flight and how many bytes may be kept.
+        memory: How many chunks may be in flight, how many bytes may be kept, and how far to read ahead.
     """
 
     def __init__(self, plan: Plan, memory: Memory) -> None:
         self._plan = plan
-        self._stores = [open_store(item.url) for item in plan.inputs]
+        self._stores = [open_store(item.url, plan.storage.of(item.url)) for item in plan.inputs]
+        self._fetcher = Fetcher(memory.requests) if memory.requests else None
         self._slots: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
-        for _ in range(memory.window):
-            self._slots.put(np.empty(slot_bytes(plan) + _ALIGNMENT * 3 * len(plan.inputs), dtype=np.uint8))
+        for _ in range(0 if memory.requests else memory.window):
+            self._slots.put(np.empty(slot_bytes(plan) + ALIGNMENT * 3 * len(plan.inputs), dtype=np.uint8))
+        self._ahead_bytes = memory.ahead_bytes
+        room = memory.window * lease_bytes(plan) + memory.ahead_bytes if memory.requests else 0
+        self._ring = Ring(room + ALIGNMENT * len(plan.inputs) * (memory.window + 1))
+        self._ahead: ReadAhead | None = None
         self._lock = threading.Lock()
-        self._kept: dict[tuple[int, int], dict[int, np.ndarray]] = {}
-        self._kept_factors: dict[int, LoadedFactors] = {}
+        self._kept: dict[Key, dict[int, tuple[np.ndarray, ...]]] = {}
         self._room_bytes = memory.retained_bytes
         self.read_bytes = 0
         self.reused_bytes = 0
+
+    def read_ahead(self, needs: Iterable[Need]) -> None:
+        """Announce what the coming tasks will ask for, in their order; remote inputs are read ahead of them.
+
+        Args:
+            needs: Each is asked for once. The announcement before this one must have been stopped.
+        """
+        if self._fetcher is not None:
+            self._ahead = ReadAhead(needs, holder=self, fetcher=self._fetcher, most_bytes=self._ahead_bytes)
+
+    def stop_reading_ahead(self) -> None:
+        """Read nothing more ahead; tasks that still wait for a read that has not begun fail."""
+        if self._ahead is not None:
+            self._ahead.stop()
 
     def check_versions(self, tensors: Sequence[int]) -> None:
         """Raise when a source file is not the one that was planned for.
@@ -122,136 +151,13 @@ class ChunkSource:
             keep: Keep the bytes for a later lease if there is room.
             drop: Forget what was kept of this chunk afterwards.
         """
-        key = (chunk.tensor, chunk.start)
-        wanted = tuple(dict.fromkeys(inputs))
-        with self._lock:
-            raw = dict(self._kept.pop(key, {}) if drop else self._kept.get(key, {}))
-        missing = [index for index in wanted if index not in raw]
-        reused = sum(raw[index].nbytes for index in wanted if index in raw)
-        sizes = {index: self._range(chunk, index)[2] for index in missing}
-        # Room to give back at the end: of what is dropped, and of what was to be kept until it is.
-        freed_bytes = sum(array.nbytes for array in raw.values()) if drop else 0
-        slot = None
+        need = Need(tensor=chunk.tensor, chunk=chunk, inputs=tuple(dict.fromkeys(inputs)), keep=keep, drop=drop)
+        held = self._taken(need)
         try:
-            # The base is kept only where the second read needs it.
-            again = merged_inputs(self._plan, chunk.tensor) if keep else ()
-            keepers = [index for index in missing if index in again]
-            kept_bytes = sum(sizes[index] for index in keepers)
-            kept = bool(keepers) and self._reserve(kept_bytes)
-            freed_bytes += kept_bytes if kept else 0
-            owned = {index: np.empty(sizes[index], np.uint8) for index in keepers if kept}
-            borrowed = {index: size for index, size in sizes.items() if index not in owned}
-            if borrowed:
-                slot = self._slots.get()
-            fresh = {**owned, **(_carve(slot, borrowed) if slot is not None else {})}
-            for index, array in fresh.items():
-                self._read(chunk, index, array)
-            with self._lock:
-                self.reused_bytes += reused
-                if kept:
-                    self._kept[key] = {**raw, **owned}
-                    freed_bytes -= kept_bytes
-            held = {**raw, **fresh}
-            yield Loaded(chunk=chunk, raw={index: held[index] for index in wanted})
+            self._fill(held)
+            yield Loaded(chunk=chunk, raw={index: held.raw[index][0] for index in need.inputs})
         finally:
-            if slot is not None:
-                self._slots.put(slot)
-            with self._lock:
-                self._room_bytes += freed_bytes
-
-    def check_copies(self, loaded: Loaded) -> None:
-        """Raise when a tied copy of this chunk does not hold the same bytes.
-
-        Raises:
-            CheckpointError: Names the model and the tensor.
-        """
-        chunk = loaded.chunk
-        tensor = self._plan.tensors[chunk.tensor]
-        for index, source in enumerate(tensor.sources):
-            if source is None or not source.copies or index not in loaded.raw:
-                continue
-            width = DTYPES[source.dtype].bits // 8
-            item = self._plan.inputs[index]
-            again = np.empty(chunk.elements * width, dtype=np.uint8)
-            for file, start in source.copies:
-                self._stores[index].read_into(item.files[file].path, start + chunk.start * width, again.data)
-                with self._lock:
-                    self.read_bytes += again.nbytes
-                if not np.array_equal(again, loaded.raw[index]):
-                    raise CheckpointError(
-                        Problem(
-                            what="is stored twice, as input and output embedding that are tied, with different values",
-                            where=f"model {item.name}, tensor {tensor.name}",
-                            remedy="set tie_word_embeddings to false in every config.json if the head is another",
-                        )
-                    )
-
-    def check_agreement(self, loaded: Loaded) -> None:
-        """Raise when the inputs' bytes of a chunk are not all the same, as integers and booleans must be.
-
-        Raises:
-            CheckpointError: Names the first model that differs.
-        """
-        reference, *others = loaded.raw
-        for index in others:
-            if not np.array_equal(loaded.raw[reference], loaded.raw[index]):
-                names = [self._plan.inputs[i].name for i in (index, reference)]
-                tensor = self._plan.tensors[loaded.chunk.tensor]
-                raise CheckpointError(
-                    Problem(
-                        what=f"differs from the same tensor of {names[1]}; {tensor.dtype} is copied, never averaged",
-                        where=f"model {names[0]}, tensor {tensor.name}",
-                        remedy="leave one of the models out",
-                    )
-                )
-
-    def check_sums(self, loaded: Loaded, checksums: np.ndarray, factor_sums: Mapping[int, int]) -> None:
-        """Raise when bytes differ from those of the first read.
-
-        Args:
-            loaded: The chunk as read now.
-            checksums: I hashes of the first read, as `chunk_checksums` makes them.
-            factor_sums: By input, hashes of the factors as read now.
-
-        Raises:
-            VerificationError: Names model, tensor and range.
-        """
-        chunk = loaded.chunk
-        for index in loaded.raw:
-            if loaded.checksum(index) ^ factor_sums.get(index, 0) != checksums[index]:
-                what = f"elements {chunk.start} to {chunk.stop}"
-                raise self._other_bytes(what, index, chunk.tensor, self._source(chunk.tensor, index))
-        self.check_factor_sums(chunk.tensor, factor_sums, checksums, skip=tuple(loaded.raw))
-
-    def check_factor_sums(
-        self, tensor: int, factor_sums: Mapping[int, int], checksums: np.ndarray, *, skip: Sequence[int] = ()
-    ) -> None:
-        """Raise when factors differ from those of the first read.
-
-        Args:
-            tensor: Whose factors.
-            factor_sums: By input, hashes of the factors as read now.
-            checksums: I hashes of the first read.
-            skip: Inputs whose hash holds more than their factors.
-
-        Raises:
-            VerificationError: Names model and tensor.
-        """
-        for update in self._plan.tensors[tensor].updates:
-            if update.input not in skip and factor_sums[update.input] != checksums[update.input]:
-                raise self._other_bytes("its adapter's factors", update.input, tensor, update.left)
-
-    def _other_bytes(self, what: str, index: int, tensor: int, source: Source) -> VerificationError:
-        item = self._plan.inputs[index]
-        name, file = self._plan.tensors[tensor].name, item.files[source.file].path
-        return VerificationError(
-            Problem(
-                what=f"{what} are not the bytes of the first read",
-                where=f"model {item.name}, tensor {name}, file {file}",
-                remedy="the source changed or was read wrongly: check disk and memory,"
-                " then start again with --overwrite",
-            )
-        )
+            self.let_go(held)
 
     def factors(self, tensor: int, *, keep: bool = False, drop: bool = False) -> LoadedFactors:
         """Return the factors of all updates of a tensor.
@@ -261,32 +167,158 @@ class ChunkSource:
             keep: Keep the bytes for a later call if there is room.
             drop: Forget what was kept.
         """
-        with self._lock:
-            found = self._kept_factors.pop(tensor, None) if drop else self._kept_factors.get(tensor)
-            if found is not None:
-                self.reused_bytes += found.nbytes
-                self._room_bytes += found.nbytes if drop else 0
-                return found
-        planned = self._plan.tensors[tensor]
-        raw = {}
-        for update in planned.updates:
-            sides = [(update.left, planned.rows * update.rank), (update.right, planned.columns * update.rank)]
-            raw[update.input] = tuple(
-                self._read_factor(update, source, elements) for source, elements in sides if source is not None
-            )
-        loaded = LoadedFactors(tensor=tensor, raw=raw)
-        if keep and self._reserve(factor_bytes(planned)):
-            with self._lock:
-                self._kept_factors[tensor] = loaded
-        return loaded
+        held = self._taken(Need(tensor=tensor, keep=keep, drop=drop))
+        try:
+            self._fill(held)
+            order = [update.input for update in self._plan.tensors[tensor].updates]
+            return LoadedFactors(tensor=tensor, raw={index: held.raw[index] for index in order})
+        finally:
+            self.let_go(held)
 
-    def _read_factor(self, update: Update, source: Source, elements: int) -> np.ndarray:
-        array = np.empty(elements * (DTYPES[source.dtype].bits // 8), dtype=np.uint8)
-        file = self._plan.inputs[update.input].files[source.file]
-        self._stores[update.input].read_into(file.path, source.start, array.data)
+    def missing_bytes(self, need: Need) -> dict[int, int]:
+        """Return, by input, the bytes of a need that are not kept."""
+        return {index: _bytes_of(places) for index, places in self._missing(need).items()}
+
+    def fits(self, size_bytes: int) -> bool:
+        """Return whether there is room to read so many bytes ahead."""
+        return self._ring.fits(size_bytes)
+
+    def hold(self, need: Need) -> Held | None:
+        """Return arrays for a need that was announced; None when there is no room to read it ahead."""
+        return self._hold(need, self._ring_room)
+
+    def let_go(self, held: Held) -> None:
+        """Take back what a need held."""
+        if held.give_back is not None:
+            held.give_back()
         with self._lock:
-            self.read_bytes += array.nbytes
-        return array
+            self._room_bytes += held.freed_bytes
+        if self._ahead is not None:
+            self._ahead.go_on()
+
+    def _taken(self, need: Need) -> Held:
+        """Return a need's arrays, being read already if it was announced."""
+        held = self._ahead.take(need.key) if self._ahead is not None else None
+        if held is None:
+            held = self._hold(need, self._slot_room)
+        if held is None or held.need != need:
+            raise ValueError(f"{need} was announced otherwise")
+        return held
+
+    def _fill(self, held: Held) -> None:
+        """Return when a need's arrays hold their bytes; keep them where that was decided."""
+        if held.fetch is not None:
+            held.fetch.wait(held.wants)
+            self._count(held.wants)
+        else:
+            self._read(held.wants)
+        with self._lock:
+            self.reused_bytes += held.reused_bytes
+            if held.kept:
+                self._kept.setdefault(held.need.key, {}).update(held.kept)
+                held.freed_bytes -= _size(held.kept)
+
+    def _read(self, wants: Sequence[Want]) -> None:
+        """Fill buffers now: by this thread, or many at a time where an input is remote."""
+        if self._fetcher is not None:
+            self._fetcher.fetch(wants)
+        else:
+            for want in wants:
+                want.store.read_into(want.path, want.start, want.buffer.data)
+        self._count(wants)
+
+    def _count(self, wants: Sequence[Want]) -> None:
+        with self._lock:
+            self.read_bytes += sum(want.buffer.nbytes for want in wants)
+
+    def _hold(self, need: Need, room: Callable[[int], _Room | None]) -> Held | None:
+        """Return a need's arrays, nothing read yet; None when `room` has none."""
+        missing = self._missing(need)
+        sizes = {index: _bytes_of(places) for index, places in missing.items()}
+        # The base is kept only where the second read needs it.
+        again = (*merged_inputs(self._plan, need.tensor), *(missing if need.chunk is None else ())) if need.keep else ()
+        keepers = {index: size for index, size in sizes.items() if index in again}
+        kept_bytes = sum(keepers.values())
+        if not keepers or not self._reserve(kept_bytes):
+            keepers, kept_bytes = {}, 0
+        borrowed = {} if need.chunk is None else {index: size for index, size in sizes.items() if index not in keepers}
+        found = room(sum(-(-size // ALIGNMENT) * ALIGNMENT for size in borrowed.values())) if borrowed else _Room()
+        with self._lock:
+            if found is None:
+                self._room_bytes += kept_bytes
+                return None
+            before = dict(self._kept.pop(need.key, {}) if need.drop else self._kept.get(need.key, {}))
+        carved = {index: (array,) for index, array in _carve(found.buffer, borrowed).items()}
+        fresh = {
+            index: carved.get(index) or tuple(np.empty(place.size_bytes, dtype=np.uint8) for place in places)
+            for index, places in missing.items()
+        }
+        wants = [
+            self._want(index, place, array)
+            for index, places in missing.items()
+            for place, array in zip(places, fresh[index], strict=True)
+        ]
+        wanted = need.inputs if need.chunk is not None else tuple(before)
+        return Held(
+            need=need,
+            raw={**before, **fresh},
+            wants=wants,
+            reused_bytes=_size({index: before[index] for index in wanted if index in before}),
+            kept={index: fresh[index] for index in keepers},
+            # Room to give back at the end: of what is dropped, and of what was to be kept until it is.
+            freed_bytes=kept_bytes + (_size(before) if need.drop else 0),
+            give_back=found.give_back,
+        )
+
+    def _ring_room(self, size_bytes: int) -> _Room | None:
+        """Return room to read ahead into, if there is any."""
+        place = self._ring.take(size_bytes)
+        if place is None:
+            return None
+        return _Room(buffer=self._ring.view(place), give_back=partial(self._ring.give_back, place))
+
+    def _slot_room(self, size_bytes: int) -> _Room:
+        """Return room for a need that nobody announced, as soon as there is any."""
+        if self._fetcher is not None:
+            return _Room(buffer=np.empty(size_bytes + ALIGNMENT, dtype=np.uint8))
+        slot = self._slots.get()
+        return _Room(buffer=slot, give_back=partial(self._slots.put, slot))
+
+    def _missing(self, need: Need) -> dict[int, tuple[ByteRange, ...]]:
+        """Return, by input, the ranges of a need that are not kept."""
+        with self._lock:
+            kept = self._kept.get(need.key, {}).keys()
+        plan, chunk = self._plan, need.chunk
+        if chunk is not None:
+            return {index: (chunk_range(plan, chunk, index),) for index in need.inputs if index not in kept}
+        updates = [update for update in plan.tensors[need.tensor].updates if update.input not in kept]
+        return {update.input: factor_ranges(plan, need.tensor, update) for update in updates}
+
+    def _want(self, index: int, place: ByteRange, buffer: np.ndarray) -> Want:
+        """Return the wish for a range of an input."""
+        return Want(store=self._stores[index], path=place.path, start=place.start, buffer=buffer)
+
+    def check_copies(self, loaded: Loaded) -> None:
+        """Raise when a tied copy of this chunk does not hold the same bytes.
+
+        Raises:
+            CheckpointError: Names the model and the tensor.
+        """
+        chunk = loaded.chunk
+        copies = [(index, place) for index in loaded.raw for place in copy_ranges(self._plan, chunk, index)]
+        wants = [self._want(index, place, np.empty(place.size_bytes, dtype=np.uint8)) for index, place in copies]
+        if not wants:
+            return
+        self._read(wants)
+        for (index, _), want in zip(copies, wants, strict=True):
+            if not np.array_equal(want.buffer, loaded.raw[index]):
+                raise CheckpointError(
+                    Problem(
+                        what="is stored twice, as input and output embedding that are tied, with different values",
+                        where=f"model {self._plan.inputs[index].name}, tensor {self._plan.tensors[chunk.tensor].name}",
+                        remedy="set tie_word_embeddings to false in every config.json if the head is another",
+                    )
+                )
 
     def count_reused(self, size_bytes: int) -> None:
         """Note that a lease served a second read too."""
@@ -295,29 +327,12 @@ class ChunkSource:
 
     def close(self) -> None:
         """Release buffers and files."""
+        self.stop_reading_ahead()
+        if self._fetcher is not None:
+            self._fetcher.close()
         self._kept.clear()
-        self._kept_factors.clear()
         for store in self._stores:
             store.close()
-
-    def _range(self, chunk: Chunk, index: int) -> tuple[Source, int, int]:
-        """Return the source of a chunk in one input, its absolute byte offset and its length."""
-        source = self._source(chunk.tensor, index)
-        width = DTYPES[source.dtype].bits // 8
-        return source, source.start + chunk.start * width, chunk.elements * width
-
-    def _read(self, chunk: Chunk, index: int, array: np.ndarray) -> None:
-        source, start, _ = self._range(chunk, index)
-        self._stores[index].read_into(self._plan.inputs[index].files[source.file].path, start, array.data)
-        with self._lock:
-            self.read_bytes += array.nbytes
-
-    def _source(self, tensor: int, index: int) -> Source:
-        """Return where an input holds a tensor whole."""
-        source = self._plan.tensors[tensor].sources[index]
-        if source is None:
-            raise ValueError(f"input {index} does not hold tensor {self._plan.tensors[tensor].name} whole")
-        return source
 
     def _files(self, tensors: Sequence[int]) -> list[list[int]]:
         """Return, by input, the numbers of the files that hold anything of these tensors."""
@@ -352,11 +367,21 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
+def _bytes_of(places: Iterable[ByteRange]) -> int:
+    """Return the bytes of several ranges."""
+    return sum(place.size_bytes for place in places)
+
+
+def _size(arrays: Mapping[int, tuple[np.ndarray, ...]]) -> int:
+    """Return the bytes of all arrays."""
+    return sum(array.nbytes for members in arrays.values() for array in members)
+
+
 def _carve(slot: np.ndarray, sizes: dict[int, int]) -> dict[int, np.ndarray]:
     """Return aligned, disjoint views of a buffer."""
     views = {}
-    position = -slot.ctypes.data % _ALIGNMENT
+    position = -slot.ctypes.data % ALIGNMENT
     for index, size in sizes.items():
         views[index] = slot[position : position + size]
-        position += -(-size // _ALIGNMENT) * _ALIGNMENT
+        position += -(-size // ALIGNMENT) * ALIGNMENT
     return views

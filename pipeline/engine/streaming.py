@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from pipeline.methods import registry
-from pipeline.numerics.exact_sum import ExactSum
 from pipeline.numerics.geometric_median import MedianSolution
 from pipeline.numerics.streamed_median import Measured, Probe
 from pipeline.planning.plan import Plan
@@ -25,7 +24,8 @@ def stream_groups(plan: Plan, groups: Sequence[int], reduce: Reduce) -> dict[int
     Args:
         plan: The plan.
         groups: Group indices.
-        reduce: One pass: by group, coefficients (Q × N) in, limbs of the Q·N squared distances and Q·Q products out.
+        reduce: One pass: by group, coefficients (Q × N) in, the Q·N squared distances and then Q·Q products out, each
+            the correctly rounded sum over all parameters.
 
     Raises:
         ConvergenceError: A group has no certificate within the allowed iterations.
@@ -38,9 +38,9 @@ def stream_groups(plan: Plan, groups: Sequence[int], reduce: Reduce) -> dict[int
         solvers[group] = method.stream(plan.weights, tolerance=plan.settings.tolerance)
         _step(group, solvers, requests, found, None)
     while requests:
-        limbs = reduce(requests)
+        totals = reduce(dict(requests))
         for group, coefficients in list(requests.items()):
-            _step(group, solvers, requests, found, _measured(coefficients, limbs.get(group)))
+            _step(group, solvers, requests, found, _measured(coefficients, totals.get(group)))
     return {group: found[group] for group in groups}
 
 
@@ -60,10 +60,10 @@ def _step(
         found[group] = stop.value
 
 
-def _measured(coefficients_QN: np.ndarray, limbs: np.ndarray | None) -> Measured:
+def _measured(coefficients_QN: np.ndarray, totals: np.ndarray | None) -> Measured:
     rows, models = coefficients_QN.shape
-    # A group without elements leaves no limbs: all its distances are 0.
-    values = np.zeros(rows * models + rows * rows) if limbs is None else ExactSum.from_limbs(limbs).total()
+    # A group without elements leaves no sums: all its distances are 0.
+    values = np.zeros(rows * models + rows * rows) if totals is None else totals
     return Measured(
         squared_distances_PN=values[: rows * models].reshape(rows, models),
         products_PP=values[rows * models :].reshape(rows, rows),

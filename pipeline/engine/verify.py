@@ -18,6 +18,7 @@ from pipeline.engine.run_folder import PLAN, REPORT, read_json
 from pipeline.errors import OutputError, PipelineError, Problem, VerificationError
 from pipeline.numerics.dtypes import is_mergeable, torch_dtype
 from pipeline.storage import Store
+from pipeline.storage.options import NO_OPTIONS, StorageOptions
 
 # Bytes read at a time: long enough for speed, whole elements of every dtype.
 _PIECE_BYTES = 8 << 20
@@ -36,8 +37,8 @@ def verify(output: Store) -> dict[str, Any]:
         OutputError: There is no committed merge here.
         VerificationError: Everything that is not as it must be.
     """
-    report, plan = read_json(output, REPORT), read_json(output, PLAN)
-    if report is None or plan is None or not is_committed(output, plan):
+    report, plan, paths = read_json(output, REPORT), read_json(output, PLAN), output.list()
+    if report is None or plan is None or not is_committed(paths, plan):
         state = "an unfinished merge" if plan is not None else "no merge"
         raise OutputError(
             Problem(
@@ -49,13 +50,13 @@ def verify(output: Store) -> dict[str, Any]:
     problems: list[Problem] = []
     try:
         # The index, every shard's header and their agreement, by the same code that reads inputs.
-        checkpoint = open_checkpoint(output.url)
+        checkpoint = open_checkpoint(output.url, _options(plan).of(output.url))
     except PipelineError as error:
         raise VerificationError(*error.problems) from error
     problems += _name_problems(plan, checkpoint.tensors)
     problems += [
         Problem(what="is gone", where=f"file {output.location(path)}", remedy="run the merge again: it writes it anew")
-        for path in missing_side_files(output)
+        for path in missing_side_files(output, paths)
     ]
     for entry in report["files"]:
         problems += _file_problems(output, entry)
@@ -68,6 +69,12 @@ def verify(output: Store) -> dict[str, Any]:
         "bytes": sum(entry["bytes"] for entry in report["files"]),
         "fingerprint": report["fingerprint"],
     }
+
+
+def _options(plan: Mapping[str, Any]) -> StorageOptions:
+    """Return how stores are opened, as the plan's recipe says."""
+    found = (plan["recipe"].get("pipeline") or {}).get("storage")
+    return StorageOptions(found) if found else NO_OPTIONS
 
 
 def _name_problems(plan: Mapping[str, Any], found: Mapping[str, TensorEntry]) -> Iterator[Problem]:

@@ -20,6 +20,7 @@ import torch
 from pipeline.checkpoints.writer import SafetensorsWriter
 from pipeline.engine.chunk_math import MergedChunk, non_finite_error
 from pipeline.engine.chunk_tasks import Checksums, ChunkTasks
+from pipeline.engine.read_ahead import Need
 from pipeline.engine.run_folder import ChunkRow, GroupSums, RowsWriter, load_checksums, square, write_json, written_path
 from pipeline.engine.solutions import Solution, solve_group
 from pipeline.engine.source import ChunkSource
@@ -88,7 +89,7 @@ class ShardWorker:
         self._job = job
         self._plan = job.plan
         self._device = torch.device(job.device)
-        self._output = open_store(job.output_url)
+        self._output = open_store(job.output_url, job.plan.storage.of(job.output_url))
         self._source = ChunkSource(job.plan, job.memory)
         self._tasks = ChunkTasks(job.plan, self._source, self._device)
         self._pool = ThreadPoolExecutor(job.memory.window, thread_name_prefix="chunk")
@@ -140,7 +141,7 @@ class ShardWorker:
                 with cache.lease(chunk.tensor) as prepared:
                     return group, self._tasks.probe(chunk, prepared, requests[group])
 
-            for group, sums in self._in_order(task, chunks):
+            for group, sums in self._in_order(task, chunks, self._tasks.needs_to_probe):
                 totals.setdefault(group, ExactSum(len(sums))).add(sums)
         return {group: total.to_limbs() for group, total in totals.items()}
 
@@ -201,7 +202,7 @@ class ShardWorker:
             solutions=tuple(found[group] for group in sorted(found) if group not in solutions) if fused else (),
             discarded=discarded,
         )
-        write_json(self._output, written_path(layout.name), marker(result))
+        write_json(self._output, written_path(layout.name), marker(result, plan.fingerprint))
         return result
 
     def traffic(self) -> tuple[int, int]:
@@ -228,7 +229,7 @@ class ShardWorker:
             with cache.lease(chunk.tensor) as prepared:
                 return self._tasks.measure(chunk, prepared)
 
-        for row, counts in self._in_order(task, chunks):
+        for row, counts in self._in_order(task, chunks, self._tasks.needs_to_measure):
             for index, count in counts.items():
                 bad[row.tensor, index] = bad.get((row.tensor, index), 0) + count
             yield row
@@ -243,12 +244,14 @@ class ShardWorker:
             with cache.lease(chunk.tensor) as prepared:
                 return self._tasks.merge(chunk, solution, checksums, prepared)
 
-        yield from self._in_order(task, chunks)
+        yield from self._in_order(task, chunks, self._tasks.needs_to_merge)
 
     def _solved_runs(self, file: int, found: Mapping[int, Solution]) -> Iterator[_DoneRun]:
         """Merge consecutive tensors of one group at a time; all groups are solved, and what is measured was saved."""
         plan = self._plan
-        checksums = load_checksums(self._output, plan.files[file].name) if plan.settings.measured else {}
+        checksums: Checksums = {}
+        if plan.settings.measured:
+            checksums = load_checksums(self._output, plan.files[file].name, plan.fingerprint)
         for run in self._runs(plan.files[file].tensors):
             solution = found.get(plan.tensors[run[0]].group)
             chunks = [chunk for tensor in run for chunk in plan.written_chunks(tensor)]
@@ -268,7 +271,11 @@ class ShardWorker:
 
         for single, runs in groupby(self._runs(tensors), alone):
             if single:
-                for rows, done in self._in_order(lambda run: self._whole(run[0], found), list(runs)):
+                alone_in = [run[0] for run in runs]
+                done_whole = self._in_order(
+                    lambda tensor: self._whole(tensor, found), alone_in, self._tasks.needs_of_all
+                )
+                for rows, done in done_whole:
                     for row in rows:
                         saved.add(row)
                     yield done
@@ -288,7 +295,7 @@ class ShardWorker:
         """Measure, solve and merge a tensor of one chunk that is a group by itself."""
         measured, written = self._plan.measured_chunks(tensor), self._plan.written_chunks(tensor)
         prepared = self._tasks.read(tensor, keep=False)
-        if measured and measured == written and not self._plan.tensors[tensor].factored:
+        if self._tasks.is_one_read(tensor):
             solved: list[Solution | None] = []
 
             def solve(row: ChunkRow) -> Solution | None:
@@ -330,10 +337,19 @@ class ShardWorker:
         if run:
             yield tuple(run)
 
-    def _in_order(self, task: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
-        """Yield the results of a task over chunks, or small runs of them, in order, a window of them in flight."""
+    def _in_order(
+        self, task: Callable[[S], T], items: Sequence[S], needs: Callable[[S], Iterator[Need]]
+    ) -> Iterator[T]:
+        """Yield the results of a task over chunks, or whole tensors, in order, a window of them in flight.
+
+        Args:
+            task: Run by the worker's threads.
+            items: What it is run on.
+            needs: What it will ask of the source for one item, in its order; remote inputs are read ahead of it.
+        """
         pending: deque[Future[T]] = deque()
         waiting = iter(items)
+        self._source.read_ahead(need for item in items for need in needs(item))
         try:
             while True:
                 while len(pending) < self._job.memory.window and (item := next(waiting, None)) is not None:
@@ -346,14 +362,16 @@ class ShardWorker:
         finally:
             for future in pending:
                 future.cancel()
+            self._source.stop_reading_ahead()
             for future in pending:
                 if not future.cancelled():
                     future.exception()
 
 
-def marker(result: WrittenFile) -> dict[str, object]:
-    """Return the JSON form of a finished file."""
+def marker(result: WrittenFile, fingerprint: str) -> dict[str, object]:
+    """Return the JSON form of a finished file, with the fingerprint of its plan."""
     return {
+        "fingerprint": fingerprint,
         "file": result.file,
         "name": result.name,
         "size_bytes": result.size_bytes,

@@ -100,4 +100,5 @@ def _kept_bytes(plan: Plan, memory: Memory, workers: int) -> int:
             else:
                 shared += size
     alone += sum(min(size, memory.retained_bytes) for size in fused.values())
-    return alone + min(shared, memory.retained_bytes * workers)
+    # A worker without a file keeps nothing.
+    return alone + min(shared, memory.retained_bytes * min(workers, len(plan.files)))

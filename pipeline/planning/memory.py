@@ -14,7 +14,14 @@ from pipeline.errors import BudgetError, Problem
 from pipeline.numerics.kernels import work_bytes
 from pipeline.numerics.low_rank import low_rank_work_bytes, merged_factors_bytes
 from pipeline.planning.plan import Plan, TensorPlan
-from pipeline.planning.traffic import factor_bytes, kept_bytes, kept_inputs, measured_inputs, merged_inputs
+from pipeline.planning.traffic import (
+    factor_bytes,
+    kept_bytes,
+    kept_inputs,
+    measured_inputs,
+    merged_inputs,
+    one_read_bytes,
+)
 from pipeline.units import format_bytes
 
 # A Python process with torch, pyarrow, numba and Ray that has compiled the loops: 470 to 600 MB measured, rounded up.
@@ -25,6 +32,8 @@ PLAN_BYTES = 1500
 KEPT_OVERHEAD_BYTES = 500
 # A remote upload holds the part that grows and the one that is sent.
 UPLOAD_BYTES = 64_000_000
+# What fsspec, a backend such as s3fs, its threads and its connections take: 36 MB measured before the first byte.
+CLIENT_BYTES = 80_000_000
 # Copies of a row group of statistics alive at once: rows, Arrow's arrays and buffers, and what is compressed.
 ROW_COPIES = 4
 # Overhead of a row's object and its arrays.
@@ -33,6 +42,12 @@ ROW_OVERHEAD_BYTES = 600
 SUM_BYTES = 64
 # A number of a tuple: pointer and object.
 NUMBER_BYTES = 32
+# One request of a remote read is at most this long: object stores are read fastest by 8 to 16 MB at a time.
+REQUEST_BYTES = 8 << 20
+# A response is held in pieces, then whole, until it is copied to where it belongs.
+RESPONSE_COPIES = 2
+# Requests that keep an object store busy: each alone is bound by latency; more only wait for the network or the CPU.
+MOST_REQUESTS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +59,16 @@ class Memory:
         threads: Chunks that keep the cores busy; one more is read meanwhile.
         window: Chunks in flight. Any of them may be computed at a time, so each counts with its working memory.
         retained_bytes: Room for chunks kept from the measuring read; part of the terms.
+        requests: Requests that may be in flight; 0 when all inputs are local and threads read for themselves.
+        ahead_bytes: Room for what is read before a thread asks for it.
     """
 
     terms: Mapping[str, int]
     threads: int
     window: int
     retained_bytes: int
+    requests: int = 0
+    ahead_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -76,6 +95,17 @@ def _slot_bytes(plan: Plan, index: int) -> int:
     # Values that adapters stand on are cast beside the points that are made of them.
     points = 1 if tensor.shared is not None else len(plan.points) + (len(read) if tensor.updates else 0)
     return length * (inputs + DTYPES[tensor.dtype].bits // 8 + (8 * points if copies else 0))
+
+
+def lease_bytes(plan: Plan) -> int:
+    """Return the bytes of the largest chunk, all inputs that any pass reads of it together."""
+    largest = 0
+    for index, tensor in enumerate(plan.tensors):
+        read = {*measured_inputs(plan, index), *merged_inputs(plan, index)}
+        widths = (DTYPES[source.dtype].bits // 8 for number in read if (source := tensor.sources[number]) is not None)
+        length = max((chunk.elements for chunk in plan.written_chunks(index)[:1]), default=0)
+        largest = max(largest, length * sum(widths))
+    return largest
 
 
 def _is_mixed(tensor: TensorPlan) -> bool:
@@ -136,14 +166,22 @@ def project_memory(plan: Plan, *, budget_bytes: int, threads: int, remote_output
     work = _work_bytes(plan)
     factors = max(map(factor_bytes, plan.tensors), default=0)
     places = sum(len(tensor.holders) + 2 * len(tensor.updates) for tensor in plan.tensors)
+    remote = any("://" in item.url for item in plan.inputs)
+    response = RESPONSE_COPIES * REQUEST_BYTES
     fixed = {
         "runtime": RUNTIME_BYTES,
+        **({"storage client": CLIENT_BYTES} if remote or remote_output else {}),
         "plan": PLAN_BYTES * places,
         "statistics": _statistics_bytes(plan),
         **({"upload": UPLOAD_BYTES} if remote_output else {}),
     }
     # Beside those of the chunks in flight, the factors that were used last are held for the next chunk.
-    one = {"one chunk in flight": slot, "work": work, **({"factors": 2 * factors} if factors else {})}
+    one = {
+        "one chunk in flight": slot,
+        "work": work,
+        **({"factors": 2 * factors} if factors else {}),
+        **({"one request in flight": response} if remote else {}),
+    }
     smallest = sum(fixed.values()) + sum(one.values())
     if smallest > budget_bytes:
         raise BudgetError(
@@ -156,11 +194,15 @@ def project_memory(plan: Plan, *, budget_bytes: int, threads: int, remote_output
             )
         )
     # One chunk is read while the others are computed; more in flight than that only costs memory.
-    window = min(threads + 1, (budget_bytes - sum(fixed.values()) - factors) // (slot + work + factors))
+    room = budget_bytes - sum(fixed.values()) - factors - (response if remote else 0)
+    window = min(threads + 1, room // (slot + work + factors))
     threads = max(1, window - 1)
     used = {**fixed, "chunks in flight": window * slot, "work": window * work}
     if factors:
         used["factors"] = (window + 1) * factors
+    requests, ahead = _read_ahead(plan, budget_bytes - sum(used.values())) if remote else (0, 0)
+    if remote:
+        used |= {"requests in flight": requests * response, "read-ahead": ahead}
     retained = max(0, budget_bytes - sum(used.values())) if plan.settings.measured else 0
     everything = sum(kept_bytes(plan, index) for index in range(len(plan.tensors)))
     pieces = sum(
@@ -170,7 +212,28 @@ def project_memory(plan: Plan, *, budget_bytes: int, threads: int, remote_output
     retained = min(retained, everything + pieces * KEPT_OVERHEAD_BYTES)
     # Every kept piece costs its bytes and its overhead; the room that is handed out is for the bytes.
     room = retained * everything // max(1, everything + pieces * KEPT_OVERHEAD_BYTES)
-    return Memory(terms={**used, "retained": retained}, threads=threads, window=window, retained_bytes=room)
+    return Memory(
+        terms={**used, "retained": retained},
+        threads=threads,
+        window=window,
+        retained_bytes=room,
+        requests=requests,
+        # Factors that were read ahead lie beside the buffer that chunks are read into.
+        ahead_bytes=ahead // 2 if factors else ahead,
+    )
+
+
+def _read_ahead(plan: Plan, room_bytes: int) -> tuple[int, int]:
+    """Return how many requests to have in flight and how many bytes to read ahead, with so much memory left."""
+    # A request's bytes are held twice: as a response, and where it is copied to.
+    fitting = room_bytes // ((RESPONSE_COPIES + 1) * REQUEST_BYTES)
+    # No more requests than there is to read, and one in any case: its response was set aside.
+    everything = one_read_bytes(plan)
+    requests = max(1, min(MOST_REQUESTS, fitting, -(-everything // REQUEST_BYTES)))
+    rest = max(0, room_bytes - requests * RESPONSE_COPIES * REQUEST_BYTES)
+    # A large request of each input at a time, and the next ones under way meanwhile.
+    wanted = REQUEST_BYTES * max(requests, 2 * len(plan.inputs))
+    return requests, min(rest, wanted, everything)
 
 
 def _listed(terms: Mapping[str, int]) -> str:

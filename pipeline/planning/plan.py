@@ -16,6 +16,7 @@ from functools import cached_property
 
 from pipeline.checkpoints.dtypes import DTYPES
 from pipeline.planning.grid import Chunk, chunks_of
+from pipeline.storage.options import NO_OPTIONS, StorageOptions
 
 # Raised whenever a plan of the same recipe and sources would give other bits or another run folder.
 PLAN_SCHEMA = 2
@@ -269,6 +270,13 @@ class Plan:
         """Return the N names of the models as the recipe has them."""
         return tuple(self.inputs[index].name for index in self.models)
 
+    @cached_property
+    def storage(self) -> StorageOptions:
+        """How stores are opened, as the recipe says: it is saved with the plan, and no part of the fingerprint."""
+        pipeline = self.recipe.get("pipeline")
+        found = pipeline.get("storage") if isinstance(pipeline, Mapping) else None
+        return StorageOptions(found) if isinstance(found, Mapping) else NO_OPTIONS
+
     def to_json(self) -> dict[str, object]:
         """Return the plan as JSON-ready data, fingerprints included."""
         body = dataclasses.asdict(self)
@@ -278,7 +286,7 @@ class Plan:
     def parts(self) -> dict[str, str]:
         """Digests of what the plan depends on, one by one, so that a mismatch can say which part changed."""
         return {
-            "recipe": _digest(_without_bandwidth(self.recipe)),
+            "recipe": _digest(_without_places(self.recipe)),
             "sources": _digest([dataclasses.asdict(item) for item in self.inputs]),
             "layout": _digest(
                 [
@@ -296,11 +304,17 @@ class Plan:
         return _digest(self.parts)
 
 
-def _without_bandwidth(recipe: Mapping[str, object]) -> dict[str, object]:
-    """Return a recipe without its one word that only projects time: a merge resumes when that is corrected."""
+# Words of a recipe that change neither the result nor its layout: a merge resumes when they are corrected.
+_NO_RESULT = frozenset({"bandwidth", "storage"})
+
+
+def _without_places(recipe: Mapping[str, object]) -> dict[str, object]:
+    """Return a recipe without its words that only project time or say how stores are reached."""
     settings = recipe.get("pipeline")
     kept = (
-        {key: value for key, value in settings.items() if key != "bandwidth"} if isinstance(settings, Mapping) else {}
+        {key: value for key, value in settings.items() if key not in _NO_RESULT}
+        if isinstance(settings, Mapping)
+        else {}
     )
     return {**recipe, "pipeline": kept}
 

@@ -65,7 +65,7 @@ def open_sources(recipe: Recipe) -> Sources:
     # Checkpoints first found first, adapters after them: the first input is always a checkpoint.
     order: list[_Parts] = list(dict.fromkeys((path, None) for path, _ in references.values()))
     order += dict.fromkeys(parts for parts in references.values() if parts[1] is not None)
-    opened = _all(order, _open)
+    opened = _all(order, lambda parts: _open(parts, recipe))
     index = {parts: number for number, parts in enumerate(order)}
     spelled = {parts: name for name, parts in references.items()}
     place = {name: index[parts] for name, parts in references.items()}
@@ -89,10 +89,10 @@ def open_sources(recipe: Recipe) -> Sources:
 def _references(recipe: Recipe, names: list[str]) -> dict[str, _Parts]:
     """Return the recipe's models by name, each taken apart; a plain adapter stands on the base model."""
     plain = [name for name in names if split_model(name)[1] is None]
-    found = dict(zip(plain, _all(plain, lambda name: is_adapter(split_model(name)[0])), strict=True))
+    found = dict(zip(plain, _all(plain, lambda name: _is_adapter(split_model(name)[0], recipe)), strict=True))
     problems = [problem for name in plain if found[name] and (problem := _unsupported(recipe, name))]
     lefts = {split_model(name)[0]: name for name in names if split_model(name)[1] is not None}
-    stacked = zip(lefts.items(), _all(list(lefts), is_adapter), strict=True)
+    stacked = zip(lefts.items(), _all(list(lefts), lambda path: _is_adapter(path, recipe)), strict=True)
     problems += [
         Problem(
             what="puts an adapter on an adapter; the left side must be a full model",
@@ -127,7 +127,7 @@ def _unsupported(recipe: Recipe, name: str) -> Problem | None:
             remedy="write base_model: BASE+ADAPTER to start from the base with the adapter in it",
         )
     if recipe.base_model is None:
-        stated = open_adapter(split_model(name)[0]).base_name
+        stated = open_adapter(*_with_options(split_model(name)[0], recipe)).base_name
         trained = f" (the adapter was trained on {stated})" if stated else ""
         return Problem(
             what="is an adapter, and the recipe says nowhere what it stands on",
@@ -143,9 +143,20 @@ def _unsupported(recipe: Recipe, name: str) -> Problem | None:
     return None
 
 
-def _open(parts: _Parts) -> Member:
+def _open(parts: _Parts, recipe: Recipe) -> Member:
     path, adapter = parts
-    return open_checkpoint(path) if adapter is None else open_adapter(adapter)
+    if adapter is None:
+        return open_checkpoint(*_with_options(path, recipe))
+    return open_adapter(*_with_options(adapter, recipe))
+
+
+def _is_adapter(path: str, recipe: Recipe) -> bool:
+    return is_adapter(*_with_options(path, recipe))
+
+
+def _with_options(path: str, recipe: Recipe) -> tuple[str, dict[str, object]]:
+    """Return a path or URL with the options of the store that it lies in."""
+    return path, recipe.pipeline.storage.of(path)
 
 
 def _all(items: Sequence[S], task: Callable[[S], T]) -> list[T]:

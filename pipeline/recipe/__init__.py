@@ -1,7 +1,7 @@
 """Recipes: what to merge and how, in mergekit's words, read strictly.
 
-Owns the YAML format, its checks and the evaluation of its settings. Must not know checkpoints, storage or any method:
-methods hand in their `MethodSchema`.
+Owns the YAML format, its checks and the evaluation of its settings. Must not know checkpoints, stores or any method:
+methods hand in their `MethodSchema`, and of storage it knows what options look like.
 """
 
 from pipeline.recipe.content import ModelEntry, NamedPatterns, PipelineSettings, Recipe

@@ -15,6 +15,7 @@ from pipeline.recipe.content import SCALES, ModelEntry, NamedPatterns, PipelineS
 from pipeline.recipe.document import Path
 from pipeline.recipe.findings import Findings, nearest, path_text
 from pipeline.recipe.parameters import MethodSchema
+from pipeline.recipe.references import shown
 from pipeline.recipe.settings import read_setting
 from pipeline.recipe.values import (
     RefusalError,
@@ -26,6 +27,7 @@ from pipeline.recipe.values import (
     split_model,
     without_credentials,
 )
+from pipeline.storage.options import check_storage_options
 
 _Value = TypeVar("_Value")
 
@@ -210,6 +212,7 @@ def check_conditions(raw: object, method: MethodSchema | None, findings: Finding
             what = f"`pipeline.{key}` has no meaning for {method.name}, which measures no distances"
             findings.add(("pipeline", key), what, "leave it out", key=True)
     _check_output(pipeline, findings)
+    _check_storage(pipeline.get("storage"), findings)
     if base is None:
         _check_no_base(raw, pipeline, findings)
     known = [*models.values()] if base is None else [*models.values(), _readable(read_model, base)]
@@ -245,6 +248,13 @@ def _check_output(pipeline: Mapping[str, object], findings: Findings) -> None:
     if output == "adapter" and "file_size" in pipeline:
         what = "`pipeline.file_size` has no meaning for `output: adapter`, which is always one file"
         findings.add(("pipeline", "file_size"), what, "leave it out", key=True)
+
+
+def _check_storage(raw: object, findings: Findings) -> None:
+    """Note storage options that cannot be, credentials above all: a recipe and a plan are read by many."""
+    for path, what, remedy in check_storage_options(raw) if raw is not None else ():
+        place: Path = ("pipeline", "storage", *path)
+        findings.add(place, f"`{shown(path_text(place))}`: {what}", remedy, key=bool(path))
 
 
 def _check_no_base(raw: Mapping[str, object], pipeline: Mapping[str, object], findings: Findings) -> None:

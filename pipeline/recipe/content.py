@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    InstanceOf,
+    PlainSerializer,
+    Tag,
+)
 
 from pipeline.recipe.values import (
     RefusalError,
@@ -22,6 +32,7 @@ from pipeline.recipe.values import (
     read_size,
     read_word,
 )
+from pipeline.storage.options import NO_OPTIONS, StorageOptions, check_storage_options
 
 SCOPES = ("model", "block", "tensor")
 DISTANCES = ("gram", "stream")
@@ -82,6 +93,13 @@ def _read_name(raw: object) -> str:
     return raw
 
 
+def _read_storage(raw: object) -> StorageOptions:
+    # What is wrong with them is noted with the place of each fault, by the checks of the whole document.
+    if isinstance(raw, StorageOptions):
+        return raw
+    return StorageOptions(raw) if isinstance(raw, dict) and not any(check_storage_options(raw)) else NO_OPTIONS
+
+
 def _empty_when_null(raw: object) -> object:
     return {} if raw is None else raw
 
@@ -93,6 +111,8 @@ class _Frozen(BaseModel):
 ModelPath = Annotated[str, BeforeValidator(read_model)]
 Settings = Annotated[dict[str, object], BeforeValidator(_empty_when_null)]
 Name = Annotated[str, BeforeValidator(_read_name)]
+# As it is, without a look into it: options are the storage room's.
+Storage = Annotated[InstanceOf[StorageOptions], BeforeValidator(_read_storage), PlainSerializer(StorageOptions.to_json)]
 
 
 class ModelEntry(_Frozen):
@@ -133,7 +153,7 @@ Scope = Annotated[
 
 
 class PipelineSettings(_Frozen):
-    """What mergekit has no word for; everything here changes the result or its layout, or its projection."""
+    """What mergekit has no word for: what changes the result or its layout, its projection, or the way to storage."""
 
     scope: Scope = Field(
         default="model",
@@ -173,6 +193,11 @@ class PipelineSettings(_Frozen):
     )
     rank: Annotated[int | None, _optional(read_count)] = Field(
         default=None, description="Largest rank in a written adapter; exact, without truncation, when absent."
+    )
+    storage: Storage = Field(
+        default=NO_OPTIONS,
+        description="How stores are opened, by scheme or URL prefix: endpoint_url, region, profile and anon for s3. No"
+        " credentials.",
     )
 
 

@@ -60,6 +60,29 @@ _MODEL: Schema = {"anyOf": [_PATH, _PATH_OBJECT]}
 _DTYPE: Schema = {"enum": [None, *DTYPES, *(f"torch.{name}" for name in DTYPES)]}
 _FRACTION: Schema = {"anyOf": [{"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}, _POSITIVE_TEXT]}
 _OPTIONAL_OBJECT: Schema = {"type": ["object", "null"]}
+_HTTP_URL: Schema = {"type": ["string", "null"], "pattern": r"^https?://[^/]"}
+_OPTIONAL_TEXT: Schema = {"type": ["string", "null"], "minLength": 1}
+# Most names of credentials; the reader knows more of them.
+_CREDENTIAL = r"(^|_)(auth|credentials?|keys?|passphrase|passw(or)?d|sas|secrets?|signature|tokens?)(_|$)"
+_STORAGE_OPTIONS: Schema = {"type": "object", "propertyNames": {"not": {"pattern": _CREDENTIAL}}}
+_S3_OPTIONS: Schema = {
+    "properties": {
+        "endpoint_url": _HTTP_URL,
+        "region": _OPTIONAL_TEXT,
+        "profile": _OPTIONAL_TEXT,
+        "anon": {"type": ["boolean", "null"]},
+    },
+}
+# By scheme or URL prefix; a user or a query could hold a credential, and folders have no options.
+_STORAGE: Schema = {
+    "type": ["object", "null"],
+    "propertyNames": {
+        "pattern": r"^([a-z][a-z0-9+.\-]*|[A-Za-z][A-Za-z0-9+.\-]*://[^@?/]*(/[^?]*)?)$",
+        "not": {"pattern": r"^([Ff][Ii][Ll][Ee]|[Ll][Oo][Cc][Aa][Ll])(:|$)"},
+    },
+    "additionalProperties": _STORAGE_OPTIONS,
+    "patternProperties": {r"^[Ss]3[Aa]?(://|$)": {**_STORAGE_OPTIONS, **_S3_OPTIONS}},
+}
 
 
 def recipe_schema(methods: Mapping[str, MethodSchema]) -> Schema:
@@ -130,6 +153,7 @@ def _pipeline_schema() -> Schema:
         "bandwidth": {"anyOf": [_NULL, *_branches(_SIZE)]},
         "output": {"enum": list(OUTPUTS)},
         "rank": {"anyOf": [_NULL, {"type": "integer", "minimum": 1}]},
+        "storage": _STORAGE,
     }
     adapter: Schema = {"type": "object", "properties": {"output": {"const": "adapter"}}, "required": ["output"]}
     return {

@@ -1,4 +1,4 @@
-"""Progress for people: a live display on a terminal, plain lines elsewhere.
+"""Progress for people: a live display on a terminal, plain lines elsewhere; and the choice between all forms.
 
 Owns how events look. Everything goes to stderr.
 """
@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -17,18 +20,40 @@ from pipeline.events import (
     Event,
     FileWritten,
     GroupSolved,
+    Listener,
     Note,
     PassEnded,
     PassProgress,
     PassStarted,
 )
+from pipeline.reporting.batch_view import RecipeEnded, RecipeStarted
+from pipeline.reporting.json_lines import JsonLines
 from pipeline.units import format_bytes, format_seconds
 
+# What a user may ask for: "auto" is a bar on a terminal and lines elsewhere.
+CHOICES = ("auto", "bar", "lines", "json")
 _LOG = logging.getLogger(__name__)
 # Seconds between two progress lines in a log: a job of hours stays readable.
 _LINE_S = 10.0
 # Solved groups named one by one; further ones are in the report.
 _NAMED_GROUPS = 8
+
+
+@contextmanager
+def listening(choice: str, stream: TextIO) -> Iterator[Listener]:
+    """Yield the listener that a user asked for, shown as long as the context lasts.
+
+    Args:
+        choice: One of `CHOICES`.
+        stream: Standard error.
+    """
+    if choice == "json":
+        yield JsonLines(stream)
+    elif choice == "bar" or (choice == "auto" and stream.isatty()):
+        with TerminalProgress(Console(file=stream, force_terminal=True if choice == "bar" else None)) as bar:
+            yield bar
+    else:
+        yield LogLines()
 
 
 class TerminalProgress:
@@ -45,6 +70,7 @@ class TerminalProgress:
             console=console,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._totals: dict[str, int] = {}
         self._iteration: TaskID | None = None
         self._solved = 0
 
@@ -63,20 +89,34 @@ class TerminalProgress:
             case PassProgress():
                 self._progress.update(self._tasks[event.name], completed=event.done_bytes)
             case PassEnded():
-                task = self._tasks[event.name]
-                self._progress.update(task, completed=self._progress.tasks[task].total)
+                self._progress.update(self._tasks[event.name], completed=self._totals[event.name])
             case GroupSolved():
                 self._solved += 1
                 if self._solved <= _NAMED_GROUPS:
-                    self._progress.console.print(_solved_text(event), highlight=False)
-            case Note() | Committed():
-                self._progress.console.print(_text(event), highlight=False)
+                    self._print(_solved_text(event))
+            case Note() | Committed() | RecipeEnded():
+                self._print(_text(event))
+            case RecipeStarted():
+                self._clear()
+                self._print(str(event))
             case _:
                 pass
 
+    def _print(self, text: str) -> None:
+        """Print a line above the bars; names may hold what would else be markup."""
+        self._progress.console.print(text, highlight=False, markup=False)
+
+    def _clear(self) -> None:
+        """Forget the bars of a batch's last merge."""
+        for task in {*self._tasks.values()}:
+            self._progress.remove_task(task)
+        self._tasks.clear()
+        self._iteration = None
+        self._solved = 0
+
     def _start(self, event: PassStarted) -> None:
         """Show a new bar, or for a further iteration the last one's again."""
-        total = max(1, event.total_bytes)
+        total = self._totals[event.name] = max(1, event.total_bytes)
         if self._iteration is not None and event.name.startswith("iteration"):
             self._progress.reset(self._iteration, total=total, description=event.name)
             self._tasks[event.name] = self._iteration
@@ -119,6 +159,11 @@ class LogLines:
                 _LOG.warning("%s", event.text)
             case Committed():
                 _LOG.info("%s", _text(event))
+            case RecipeStarted():
+                self._solved = 0
+                _LOG.info("%s", event)
+            case RecipeEnded():
+                _LOG.log(logging.ERROR if event.error else logging.INFO, "%s", event)
             case _:
                 pass
 
@@ -136,5 +181,10 @@ def _solved_text(event: GroupSolved) -> str:
     return f"solved {event.group}: {event.iterations} iterations, relative gap {event.relative_gap:.1e}"
 
 
-def _text(event: Note | Committed) -> str:
-    return f"note: {event.text}" if isinstance(event, Note) else f"committed {event.location}"
+def _text(event: Note | Committed | RecipeEnded) -> str:
+    match event:
+        case Note():
+            return f"note: {event.text}"
+        case Committed():
+            return f"committed {event.location}"
+    return str(event)

@@ -1,10 +1,30 @@
 """Bytes at a URL prefix: the one room that talks to disks and object stores.
 
 Owns ranged reads, atomic writes, listing, retries, and the translation of every backend's errors into `StorageError`.
-Knows nothing of tensors, models or plans. Only `remote` needs fsspec, and loads it when a remote URL is opened.
+Knows nothing of tensors, models or plans. Only `backend` needs fsspec, and loads it when a remote URL is opened.
 """
 
-from pipeline.storage.base import MissingObject, ObjectStat, ObjectWriter, Store
-from pipeline.storage.opening import open_store
+from pipeline.storage.base import Leftover, MissingObject, ObjectStat, ObjectWriter, Store, is_path
+from pipeline.storage.counting import Counters, counters
+from pipeline.storage.opening import join_url, open_store, split_url
+from pipeline.storage.options import NO_OPTIONS, StorageOptions, check_storage_options
+from pipeline.storage.redaction import redacted, shown_url
 
-__all__ = ["MissingObject", "ObjectStat", "ObjectWriter", "Store", "open_store"]
+__all__ = [
+    "NO_OPTIONS",
+    "Counters",
+    "Leftover",
+    "MissingObject",
+    "ObjectStat",
+    "ObjectWriter",
+    "StorageOptions",
+    "Store",
+    "check_storage_options",
+    "counters",
+    "is_path",
+    "join_url",
+    "open_store",
+    "redacted",
+    "shown_url",
+    "split_url",
+]

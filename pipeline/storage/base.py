@@ -1,7 +1,7 @@
 """What a store is: the protocol both implementations keep, and the rules for paths inside it.
 
-Owns `Store`, `ObjectWriter`, `ObjectStat`, `MissingObject`, path checking, and the shape of temporary names. Must not
-know any backend.
+Owns `Store`, `ObjectWriter`, `ObjectStat`, `Leftover`, `MissingObject`, path checking, and the shape of temporary
+names. Must not know any backend.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import re
 import secrets
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 from pipeline.errors import Problem, StorageError
 
+# Where a merge keeps what is its own, inside of its output.
+_RUN_FOLDER = "_geomerge"
 # Hidden, unique per process and attempt, and recognisable: a crashed run leaves such names, and no listing shows them.
 _TEMPORARY = re.compile(r"\..*\.(?P<process>[0-9]+)-[0-9a-f]{16}\.part")
 
@@ -34,6 +36,25 @@ class ObjectStat:
 
     size_bytes: int
     version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leftover:
+    """What a writer that did not finish has in a store: nobody sees it, and it takes room.
+
+    Attributes:
+        kind: An unfinished multipart upload, or an object under a temporary name.
+        path: Relative: of the object that the upload was for; of the temporary object itself.
+        size_bytes: What it takes; None when the backend does not say.
+        started_s: When it began, seconds since 1970; of a temporary object, when it was last written. None: unknown.
+        handle: By which the backend knows the upload; "" for a temporary object.
+    """
+
+    kind: Literal["upload", "temporary"]
+    path: str
+    size_bytes: int | None = None
+    started_s: float | None = None
+    handle: str = ""
 
 
 class ObjectWriter(Protocol):
@@ -113,16 +134,35 @@ class Store(Protocol):
     def write(self, path: str, data: bytes) -> None:
         """Put an object in one step: visible whole or not at all."""
 
+    def create(self, path: str, data: bytes) -> bool:
+        """Put an object in one step unless there is one, and return whether this call put it.
+
+        Of several at once exactly one succeeds: in folders, on S3 servers that know If-None-Match, and where the
+        backend has an operation for it. Elsewhere it looks first and writes then: two at the same moment both succeed.
+        """
+
     def open_writer(self, path: str) -> ObjectWriter:
         """Begin a streamed object; nothing is visible before its `commit`."""
 
     def delete(self, path: str) -> None:
         """Remove an object; no error when there is none."""
 
-    def sweep(self) -> int:
-        """Remove what killed writers left under temporary names, and return how many objects that were.
+    def leftovers(self) -> tuple[Leftover, ...]:
+        """Return what unfinished writers have below the prefix, those that still write included, sorted by path.
 
-        Another process of this machine that is still writing is left alone.
+        Raises:
+            StorageError: The backend refuses to list it.
+        """
+
+    def remove_leftover(self, leftover: Leftover) -> None:
+        """Remove one of `leftovers()`; no error when it is gone already. A writer that still needs it fails."""
+
+    def sweep(self) -> int:
+        """Remove what killed writers of a merge left, and return how much that was; for the one who owns the output.
+
+        Only names directly in the folder and below `_geomerge/`: what else lies there may be another merge's. Objects
+        under temporary names go unless a process of this machine still writes them, unfinished multipart uploads go
+        always.
         """
 
     def free_bytes(self) -> int | None:
@@ -160,6 +200,20 @@ def checked_path(path: str, *, folder: bool = False) -> str:
             )
         )
     return stripped
+
+
+def is_path(path: str) -> bool:
+    """Return whether `checked_path` takes a path; object stores have keys that it does not."""
+    try:
+        checked_path(path)
+    except StorageError:
+        return False
+    return True
+
+
+def is_swept(path: str) -> bool:
+    """Return whether `Store.sweep` may touch a path: a merge writes there, and no other below the same prefix does."""
+    return is_path(path) and ("/" not in path or path.startswith(f"{_RUN_FOLDER}/"))
 
 
 def checked_range(path: str, start: int, stop: int | None) -> None:
@@ -204,13 +258,21 @@ def is_temporary(path: str) -> bool:
     return _TEMPORARY.fullmatch(path.rpartition("/")[2]) is not None
 
 
-def short_read(where: str, start: int, wanted_bytes: int, got_bytes: int) -> StorageError:
+def checked_leftover(leftover: Leftover) -> Leftover:
+    """Return what may be removed; ValueError for a visible object or an upload that nobody named."""
+    known = is_temporary(leftover.path) if leftover.kind == "temporary" else bool(leftover.handle)
+    if not known:
+        raise ValueError(f"{leftover.path} is no leftover")
+    return leftover
+
+
+def short_read(where: str, start: int, wanted_bytes: int, got_bytes: int, remedy: str | None = None) -> StorageError:
     """Return the error of a read that ended early."""
     return StorageError(
         Problem(
             what=f"wanted {wanted_bytes} bytes from offset {start}, got {got_bytes}",
             where=where,
-            remedy="the file is shorter than its header or its index says: fetch it again",
+            remedy=remedy or "the file is shorter than its header or its index says: fetch it again",
         )
     )
 

@@ -1,62 +1,36 @@
 """Folders of this machine.
 
-Owns file descriptors, temporary names and durability (fsync, rename). Must not know fsspec.
+Owns reading, listing and deleting there. Must not know fsspec, nor how files are written durably.
 """
 
 from __future__ import annotations
 
-import errno
-import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-from pipeline.errors import Problem, StorageError
 from pipeline.storage.base import (
+    Leftover,
     MissingObject,
     ObjectStat,
+    checked_leftover,
     checked_path,
     checked_range,
     is_abandoned,
+    is_swept,
     is_temporary,
     probe,
     range_bytes,
     short_read,
-    temporary_name,
 )
+from pipeline.storage.counting import count
 from pipeline.storage.descriptors import OpenFiles, require_regular
-
-_log = logging.getLogger(__name__)
+from pipeline.storage.local_errors import translated
+from pipeline.storage.local_writer import LocalWriter, flat
 
 # One preadv moves at most 2 GiB less a page; 1 GiB keeps clear of it and of signed 32-bit counts in filesystems.
 _READ_BYTES = 1 << 30
-_REMEDIES = {
-    errno.ENOSPC: "the disk is full: free space or choose another folder",
-    errno.EDQUOT: "the disk quota is used up: free space or choose another folder",
-    errno.EFBIG: "the limit on file sizes is reached: raise it (ulimit -f) or set a smaller pipeline: {file_size: ...}",
-    errno.EACCES: "check the permissions",
-    errno.EPERM: "check the permissions",
-    errno.EROFS: "the filesystem is read-only: choose another folder",
-    errno.EMFILE: "raise the limit of open files (ulimit -n)",
-    errno.EIO: "the disk or network mount failed: check it and run again",
-}
-_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
-
-
-@contextmanager
-def _translated(where: str, verb: str) -> Iterator[None]:
-    """Turn OSError into StorageError: MissingObject when a read finds nothing."""
-    try:
-        yield
-    except OSError as error:
-        if verb == "read" and error.errno in _ABSENT:
-            raise MissingObject(Problem(what="does not exist", where=where, remedy="check the path")) from error
-        reason = error.strerror or type(error).__name__
-        remedy = _REMEDIES.get(error.errno or 0, "")
-        raise StorageError(Problem(what=f"cannot {verb}: {reason}", where=where, remedy=remedy)) from error
 
 
 class LocalStore:
@@ -91,7 +65,7 @@ class LocalStore:
     def stat(self, path: str) -> ObjectStat:
         """See `Store`; the version is made of modification time, size and inode."""
         full = self._full(path)
-        with _translated(full, "read"):
+        with translated(full, "read"):
             status = Path(full).stat()
             require_regular(status, full)
         version = f"{status.st_mtime_ns}-{status.st_size}-{status.st_ino}"
@@ -110,9 +84,25 @@ class LocalStore:
         prefix = checked_path(prefix, folder=True)
         return tuple(sorted(path for path in self._below(prefix) if not is_temporary(path)))
 
+    def leftovers(self) -> tuple[Leftover, ...]:
+        """See `Store`."""
+        found = []
+        for path in sorted(path for path in self._below("") if is_temporary(path)):
+            # Its writer may have finished meanwhile.
+            with suppress(MissingObject), translated(self.location(path), "read"):
+                status = Path(self._full(path)).stat()
+                found.append(
+                    Leftover(kind="temporary", path=path, size_bytes=status.st_size, started_s=status.st_mtime)
+                )
+        return tuple(found)
+
+    def remove_leftover(self, leftover: Leftover) -> None:
+        """See `Store`."""
+        self.delete(checked_leftover(leftover).path)
+
     def sweep(self) -> int:
         """See `Store`."""
-        abandoned = [path for path in self._below("") if is_abandoned(path)]
+        abandoned = [path for path in self._below("") if is_swept(path) and is_abandoned(path)]
         for path in abandoned:
             self.delete(path)
         return len(abandoned)
@@ -120,7 +110,7 @@ class LocalStore:
     def _below(self, folder: str) -> Iterator[str]:
         full = self.location(folder)
         try:
-            with _translated(full, "read"), os.scandir(full) as scan:
+            with translated(full, "read"), os.scandir(full) as scan:
                 entries = [(entry.name, entry.is_dir(follow_symlinks=False), entry.is_file()) for entry in scan]
         except MissingObject:
             return
@@ -135,11 +125,12 @@ class LocalStore:
         """See `Store`."""
         checked_range(path, start, stop)
         full = self._full(path)
-        with _translated(full, "read"), self._files.use(full) as descriptor:
+        with translated(full, "read"), self._files.use(full) as descriptor:
             wanted_bytes = range_bytes(full, start, stop, os.fstat(descriptor).st_size)
             if wanted_bytes <= _READ_BYTES:
                 data = os.pread(descriptor, wanted_bytes, start)
                 if len(data) == wanted_bytes:
+                    count(requests=1, read_bytes=wanted_bytes)
                     return data
         buffer = bytearray(wanted_bytes)
         self.read_into(path, start, memoryview(buffer))
@@ -149,19 +140,26 @@ class LocalStore:
         """See `Store`."""
         checked_range(path, start, None)
         full = self._full(path)
-        with _translated(full, "read"), self._files.use(full) as descriptor:
-            target, done = _flat(buffer), 0
+        with translated(full, "read"), self._files.use(full) as descriptor:
+            target, done = flat(buffer), 0
             while done < len(target):
-                count = os.preadv(descriptor, [target[done : done + _READ_BYTES]], start + done)
-                if not count:
+                got_bytes = os.preadv(descriptor, [target[done : done + _READ_BYTES]], start + done)
+                count(requests=1, read_bytes=got_bytes)
+                if not got_bytes:
                     raise short_read(full, start, len(target), done)
-                done += count
+                done += got_bytes
 
     def write(self, path: str, data: bytes) -> None:
         """See `Store`; on disk when it returns."""
         with self.open_writer(path) as writer:
             writer.write(data)
             writer.commit()
+
+    def create(self, path: str, data: bytes) -> bool:
+        """See `Store`; on disk when it returns True."""
+        with self.open_writer(path) as writer:
+            writer.write(data)
+            return writer.create()
 
     def open_writer(self, path: str) -> LocalWriter:
         """See `Store`; folders are made as needed."""
@@ -170,13 +168,13 @@ class LocalStore:
     def delete(self, path: str) -> None:
         """See `Store`."""
         full = self._full(path)
-        with _translated(full, "delete"), suppress(FileNotFoundError, NotADirectoryError):
+        with translated(full, "delete"), suppress(FileNotFoundError, NotADirectoryError):
             Path(full).unlink()
 
     def free_bytes(self) -> int | None:
         """See `Store`: what an ordinary user may still write to this disk."""
         existing = next(folder for folder in (Path(self._folder), *Path(self._folder).parents) if folder.exists())
-        with _translated(str(existing), "measure"):
+        with translated(str(existing), "measure"):
             disk = os.statvfs(existing)
         return disk.f_bavail * disk.f_frsize
 
@@ -187,94 +185,3 @@ class LocalStore:
     def close(self) -> None:
         """See `Store`."""
         self._files.close()
-
-
-class LocalWriter:
-    """A file that grows under a hidden name beside its final one.
-
-    Args:
-        target: The absolute path to appear at commit.
-    """
-
-    def __init__(self, target: str) -> None:
-        self._target = target
-        self._temporary = temporary_name(target)
-        self._state = "open"
-        with _translated(target, "write"):
-            _make_folders(Path(target).parent)
-            # Mode 0666 less the umask, as any program's new file: others may have to read the model.
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._descriptor = os.open(self._temporary, flags, 0o666)
-
-    def write(self, data: bytes | memoryview) -> None:
-        """See `ObjectWriter`."""
-        self._require_open()
-        rest = _flat(memoryview(data))
-        with _translated(self._target, "write"):
-            while rest:
-                rest = rest[os.write(self._descriptor, rest[:_READ_BYTES]) :]
-
-    def commit(self) -> None:
-        """See `ObjectWriter`; data and name are on disk when it returns."""
-        if self._state == "committed":
-            return
-        self._require_open()
-        try:
-            with _translated(self._target, "write"):
-                os.fsync(self._descriptor)
-                os.replace(self._temporary, self._target)  # noqa: PTH105
-        except StorageError:
-            self.abort()
-            raise
-        self._state = "committed"
-        with _translated(self._target, "write"):
-            os.close(self._descriptor)
-            _sync_folder(Path(self._target).parent)
-
-    def abort(self) -> None:
-        """See `ObjectWriter`; the hidden file is removed."""
-        if self._state != "open":
-            return
-        self._state = "aborted"
-        try:
-            os.close(self._descriptor)
-            Path(self._temporary).unlink(missing_ok=True)
-        except OSError as error:
-            # An abort is on the way out of another error, which must not be hidden by this one.
-            _log.warning("%s: could not be cleaned up: %s", self._temporary, error.strerror)
-
-    def _require_open(self) -> None:
-        if self._state != "open":
-            raise StorageError(
-                Problem(what=f"the writer is {self._state}, nothing more can be written", where=self._target)
-            )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.abort()
-
-
-def _flat(view: memoryview) -> memoryview:
-    """Return a view of bytes; memoryview refuses to cast shapes with a zero."""
-    return view.cast("B") if view.nbytes else memoryview(b"")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _make_folders(folder: Path) -> None:
-    """Create a folder and its parents, each durable in its own parent."""
-    if folder.is_dir():
-        return
-    _make_folders(folder.parent)
-    with suppress(FileExistsError):
-        folder.mkdir()
-        _sync_folder(folder.parent)

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from urllib.parse import unquote, urlsplit
 
 _HIDDEN = "***"
-_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*://)[^/\s@'\"]+@")
+# To the last @ before the path: a password may hold one, too.
+_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*://)[^/\s'\"]*@")
 _QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*://[^\s?'\"]*)\?[^\s'\")]*")
 _SECRET_OPTION = re.compile(r"secret|token|passw|key|credential|sas|sig|auth", re.IGNORECASE)
 # Shorter values would blank out half of an innocent text.
@@ -18,7 +19,9 @@ _SHORTEST_SECRET = 4
 
 
 def shown_url(url: str) -> str:
-    """Return a URL without user, password, query and trailing slash."""
+    """Return a URL without user, password, query and trailing slash; a path of this machine as it is."""
+    if "://" not in url or url.lower().startswith("file://"):
+        return url
     bare = _USER.sub(r"\1", url).partition("?")[0]
     return bare if bare.endswith("://") else bare.rstrip("/")
 

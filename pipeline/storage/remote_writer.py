@@ -1,6 +1,6 @@
 """A streamed object on a remote store.
 
-Owns the deferred commit: a multipart upload where there is one, else a hidden name and a rename. Must not know URLs,
+Owns the deferred commit: the backend's own where there is one, else a hidden name and a rename. Must not know URLs,
 credentials or retries, nor import fsspec: it is handed a filesystem.
 """
 
@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipeline.errors import Problem, StorageError
+from pipeline.storage.counting import count
 from pipeline.storage.retrying import backend_errors
 
 # 10 000 parts are allowed: 32 MiB make objects of 320 GB possible.
@@ -34,12 +35,14 @@ class FsspecWriter:
         self._fs, self._target, self._temporary, self._translated = fs, target, temporary, translated
         self._state = "open"
         self._deferred = target == temporary
+        count(requests=1)
         self._file = fs.open(temporary, "wb", block_size=_PART_BYTES, autocommit=not self._deferred)
 
     def write(self, data: bytes | memoryview) -> None:
         """See `ObjectWriter`."""
         with self._translated():
             self.write_raw(data)
+        count(written_bytes=memoryview(data).nbytes)
 
     def commit(self) -> None:
         """See `ObjectWriter`."""
@@ -63,6 +66,7 @@ class FsspecWriter:
     def commit_raw(self) -> None:
         """As `commit`, with the backend's own errors, for a caller that retries."""
         self._require_open()
+        count(requests=1)
         self._file.close()
         if self._deferred:
             self._file.commit()

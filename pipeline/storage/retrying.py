@@ -11,9 +11,11 @@ import logging
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
+
+from pipeline.storage.counting import count
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +30,7 @@ _FOREIGN = (
     ("google.auth.exceptions", ("GoogleAuthError",)),
     ("azure.core.exceptions", ("AzureError",)),
     ("httpx", ("HTTPError",)),
+    ("httpx2", ("HTTPError",)),
     ("paramiko.ssh_exception", ("SSHException",)),
 )
 # Nothing that waiting could mend.
@@ -40,8 +43,40 @@ _PERMANENT = (
     RuntimeError,
 )
 # HTTP refusals other than "too slow" and "too many requests".
+_BEYOND_END = 416
 _REFUSALS = frozenset(range(400, 500)) - {408, 425, 429}
-_PERMANENT_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "GoogleAuthError")
+# What only another configuration mends, by the names of the classes.
+_PERMANENT_NAMES = frozenset(
+    {
+        "ConfigParseError",
+        "GoogleAuthError",
+        "InvalidRegionError",
+        "NoCredentialsError",
+        "NoRegionError",
+        "OfflineModeIsEnabled",
+        "ParamValidationError",
+        "PartialCredentialsError",
+        "ProfileNotFound",
+        "SSOTokenLoadError",
+        "UnauthorizedSSOTokenError",
+    }
+)
+# What botocore and aiohttp call a server that is not there, or went away, where that is no ConnectionError.
+_OUTAGES = frozenset(
+    {
+        "ClientConnectionError",
+        "ClientConnectorError",
+        "ConnectTimeoutError",
+        "ConnectionClosedError",
+        "EndpointConnectionError",
+        "HTTPClientError",
+        "ServerDisconnectedError",
+    }
+)
+# S3's words for bytes that were damaged or cut on their way up: the same bytes may arrive the next time.
+_DAMAGED = frozenset(
+    {"BadDigest", "IncompleteBody", "InvalidDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
+)
 
 
 def backend_errors() -> tuple[type[BaseException], ...]:
@@ -56,8 +91,30 @@ def backend_errors() -> tuple[type[BaseException], ...]:
 
 def is_permanent(error: BaseException) -> bool:
     """Return whether another attempt is bound to fail in the same way."""
+    if code_of(error) in _DAMAGED:
+        return False
     refused = getattr(error, "status", None) in _REFUSALS or getattr(error, "errno", None) == errno.EINVAL
     return refused or isinstance(error, _PERMANENT) or type(error).__name__ in _PERMANENT_NAMES
+
+
+def is_outage(error: BaseException) -> bool:
+    """Return whether nobody answered: the server is down, restarting, or cut off."""
+    return isinstance(error, ConnectionError | TimeoutError) or type(error).__name__ in _OUTAGES
+
+
+def is_beyond_end(error: BaseException) -> bool:
+    """Return whether a server refuses a range because it begins beyond the object's end."""
+    invalid = getattr(error, "errno", None) == errno.EINVAL and code_of(error) in ("", "416", "InvalidRange")
+    return invalid or getattr(error, "status", None) == _BEYOND_END
+
+
+def code_of(error: BaseException) -> str:
+    """Return the code by which S3 names an error ("SlowDown"); "" for the errors of others."""
+    for candidate in (error, error.__cause__):
+        response = getattr(candidate, "response", None)
+        if isinstance(response, Mapping):
+            return str(response.get("Error", {}).get("Code", ""))
+    return ""
 
 
 def cause_of(error: BaseException) -> str:
@@ -85,32 +142,37 @@ class RetryPolicy:
     deadline_s: float = 180.0
     # Enough for the largest piece at 1 MB/s.
     attempt_s: float = 75.0
-    # Each attempt is itself several of the backend's.
-    attempts: int = 5
+    # Each is up to three of botocore's: a store that throttles is waited for about twenty seconds.
+    attempts: int = 7
     # Long enough for a throttled store to breathe, short beside a chunk's transfer.
     first_pause_s: float = 0.25
     # A store that was restarted is back within such times.
     longest_pause_s: float = 8.0
 
-    def run(self, request: Callable[[float], _Result]) -> _Result:
+    def run(self, request: Callable[[float], _Result], *, known: bool = False) -> _Result:
         """Return what the request returns, tried until it succeeds, fails for good, or time is up.
 
         Args:
             request: Called with the seconds it may take.
+            known: The store has answered before: while it cannot be reached it is waited for until the deadline,
+                however many attempts that takes. A wrong address is not.
 
         Raises:
             BaseException: The last attempt's error, one of `backend_errors()`.
         """
         end = time.monotonic() + self.deadline_s
-        for attempt in range(1, self.attempts + 1):
+        attempt = failures = 0
+        while True:
+            attempt += 1
+            count(retries=int(attempt > 1))
             try:
                 return request(max(min(self.attempt_s, end - time.monotonic()), 1e-3))
             except backend_errors() as error:
                 pause_s = min(self.first_pause_s * 2 ** (attempt - 1), self.longest_pause_s)
                 # Workers that failed together must not come back together.
                 pause_s *= random.uniform(0.5, 1.0)
-                if attempt == self.attempts or is_permanent(error) or time.monotonic() + pause_s >= end:
+                failures += not (known and is_outage(error))
+                if failures >= self.attempts or is_permanent(error) or time.monotonic() + pause_s >= end:
                     raise
                 _log.debug("attempt %d failed with %s, again in %.2f s", attempt, type(error).__name__, pause_s)
             time.sleep(pause_s)
-        raise ValueError("a retry policy needs at least one attempt")

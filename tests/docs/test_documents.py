@@ -20,7 +20,7 @@ from tests.support.families import fine_tune, random_weights, save_model
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-NAMED = re.compile(r"# (\w+\.yaml)\n")
+NAMED = re.compile(r"# ([\w/]+\.yaml)\n")
 LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 METHODS = {name: method.schema for name, method in registry().items()}
 
@@ -71,6 +71,7 @@ def test_commands_and_python_run(document: Path, models: Path, tmp_path: Path) -
     # A recipe's first line names its file; what a document does not have itself, it means as the README has it.
     for text in (*blocks(ROOT / "README.md", "yaml"), *blocks(document, "yaml")):
         if name := NAMED.match(text):
+            (tmp_path / name[1]).parent.mkdir(exist_ok=True)
             (tmp_path / name[1]).write_text(text)
     for text in blocks(document, "console"):
         for line in text.splitlines():
@@ -85,7 +86,7 @@ def test_commands_and_python_run(document: Path, models: Path, tmp_path: Path) -
 
 
 def test_every_option_is_documented() -> None:
-    text = (ROOT / "docs/output.md").read_text()
+    text = "".join((ROOT / "docs" / name).read_text() for name in ("output.md", "batch.md"))
     assert [option for option in OPTIONS if f"`{option}" not in text] == []
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from pipeline.engine.executors.base import Executor
+from pipeline.engine.executors.local import LocalExecutor
 from pipeline.engine.output import prepare
 from pipeline.engine.run_folder import read_rows
 from pipeline.engine.solutions import with_median
@@ -32,11 +35,15 @@ def ignore_progress(done_bytes: int) -> None:
 
 
 class ExecutorContract:
-    """Subclasses give `executor`."""
+    """Subclasses give `executor`, which may have served other tests, and `fresh`, which has not."""
 
     @pytest.fixture
-    def executor(self) -> Iterator[Executor]:
+    def executor(self) -> Executor:
         raise RuntimeError("a subclass must give the executor")
+
+    @pytest.fixture
+    def fresh(self) -> Iterator[Executor]:
+        raise RuntimeError("a subclass must give another one")
 
     @pytest.fixture
     def family(self, tmp_path: Path) -> Family:
@@ -94,6 +101,42 @@ class ExecutorContract:
             np.testing.assert_allclose(values[:8].reshape(2, 4), wanted, rtol=1e-12, atol=1e-20)
             np.testing.assert_allclose(values[8:], [0, 0, 0, step @ step], rtol=1e-12, atol=1e-20)
 
+    def test_limbs_do_not_depend_on_who_adds_what(self, executor: Executor, job: Job) -> None:
+        alone = LocalExecutor()
+        requests = {0: np.array([[0.1, 0.2, 0.3, 0.4], [1.5, -0.5, 0.0, 0.0]])}
+        try:
+            alone.start(job, [range(len(job.plan.files))])
+            wanted = alone.all_reduce(requests, ignore_progress)
+        finally:
+            alone.close()
+        for workers in (WORKERS, 2):
+            executor.start(job, assign(job.plan, workers))
+            limbs = executor.all_reduce(requests, ignore_progress)
+            assert limbs[0].dtype == wanted[0].dtype == np.int64
+            assert np.array_equal(limbs[0], wanted[0])
+
+    def test_a_started_executor_takes_another_job(self, started: Executor, job: Job, tmp_path: Path) -> None:
+        files = range(len(job.plan.files))
+        before = dict(started.map("measure", dict.fromkeys(files, ()), ignore_progress))
+        used = started.usage().read_bytes
+        output = open_store(str(tmp_path / "second"))
+        prepare(job.plan, output, overwrite=False)
+        for workers in (2, WORKERS):
+            started.start(dataclasses.replace(job, output_url=output.url), assign(job.plan, workers))
+            seen: list[int] = []
+            after = dict(started.map("measure", dict.fromkeys(files, ()), seen.append))
+            assert {file: sums[0].total().tolist() for file, sums in after.items()} == {
+                file: sums[0].total().tolist() for file, sums in before.items()
+            }
+            # Usage and progress begin at zero, for one job as for the other.
+            assert started.usage().read_bytes == used
+            assert seen == sorted(seen)
+            assert seen[-1] <= used
+        assert output.exists("_geomerge/measured/" + job.plan.files[0].name + ".parquet")
+
+    def test_nothing_is_waited_for_while_all_run(self, started: Executor) -> None:
+        assert started.waiting() == ""
+
     def test_files_are_written_and_marked(self, started: Executor, job: Job) -> None:
         files = range(len(job.plan.files))
         for _ in started.map("measure", dict.fromkeys(files, ()), ignore_progress):
@@ -116,11 +159,24 @@ class ExecutorContract:
             list(started.map("measure", dict.fromkeys(range(len(job.plan.files)), ()), ignore_progress))
         assert str(family.models[1]) in caught.value.problems[0].where
 
-    def test_close_may_be_called_twice_and_early(self, executor: Executor, job: Job) -> None:
-        executor.close()
-        executor.start(job, assign(job.plan, 1))
-        executor.close()
-        executor.close()
+    def test_a_failed_verb_leaves_an_executor_that_can_be_started_again(
+        self, started: Executor, job: Job, family: Family
+    ) -> None:
+        files = dict.fromkeys(range(len(job.plan.files)), ())
+        path = family.models[2] / "model.safetensors"
+        data, stat = path.read_bytes(), path.stat()
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError):
+            list(started.map("measure", files, ignore_progress))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        started.start(job, assign(job.plan, WORKERS))
+        assert sorted(dict(started.map("measure", files, ignore_progress))) == list(files)
+
+    def test_close_may_be_called_twice_and_early(self, fresh: Executor, job: Job) -> None:
+        fresh.close()
+        fresh.start(job, assign(job.plan, 1))
+        fresh.close()
+        fresh.close()
 
     def points(self, family: Family) -> np.ndarray:
         names = list(family.base_values)

@@ -7,7 +7,6 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,8 +16,7 @@ from pipeline.engine.executors.local import LocalExecutor
 from pipeline.engine.worker import Job
 from pipeline.events import Event, FileMeasured, FileWritten, PassStarted
 from pipeline.merging import Resources, merge
-from pipeline.planning.assignment import assign
-from tests.engine.executor_contract import WORKERS, ExecutorContract, ignore_progress
+from tests.engine.executor_contract import ExecutorContract
 from tests.support.families import make_family
 from tests.support.reference import digests
 
@@ -30,32 +28,33 @@ class TestLocal(ExecutorContract):
         yield executor
         executor.close()
 
+    @pytest.fixture
+    def fresh(self, executor: Executor) -> Executor:
+        return executor
+
+
+@pytest.fixture(scope="module")
+def on_ray(ray_cluster: str) -> Iterator[Executor]:
+    """One for all tests: its actors are kept from test to test, as they are from merge to merge of a batch."""
+    executor = create_executor("ray", address=None)
+    yield executor
+    executor.close()
+
 
 class TestRay(ExecutorContract):
     @pytest.fixture
-    def executor(self, ray_cluster: str) -> Iterator[Executor]:
+    def executor(self, on_ray: Executor) -> Executor:
+        return on_ray
+
+    @pytest.fixture
+    def fresh(self, ray_cluster: str) -> Iterator[Executor]:
         executor = create_executor("ray", address=None)
         yield executor
         executor.close()
 
-    def test_a_killed_actor_is_replaced_and_the_sums_stay(self, executor: Executor, job: Job) -> None:
-        import ray
-
-        executor.start(job, assign(job.plan, WORKERS))
-        request = {0: np.full((1, 4), 0.25)}
-        before = executor.all_reduce(request, ignore_progress)
-        victim = executor._actors[1]
-        os.kill(ray.get(victim.process_id.remote()), signal.SIGKILL)
-        after = executor.all_reduce(request, ignore_progress)
-        assert np.array_equal(before[0], after[0])
-        results = dict(executor.map("measure", dict.fromkeys(range(len(job.plan.files)), ()), ignore_progress))
-        assert sorted(results) == list(range(len(job.plan.files)))
-
 
 @pytest.mark.parametrize("kind", [FileMeasured, FileWritten])
 def test_a_merge_survives_a_killed_actor(ray_cluster: str, tmp_path: Path, kind: type[Event]) -> None:
-    import ray
-
     from pipeline.engine.executors.ray import RayExecutor
 
     family = make_family(tmp_path, 5, dtype=torch.bfloat16, loud=1)
@@ -70,8 +69,7 @@ def test_a_merge_survives_a_killed_actor(ray_cluster: str, tmp_path: Path, kind:
 
     def listener(event: Event) -> None:
         if isinstance(event, kind) and len(killed) == 1:
-            victim = killed[0]._actors[0]
-            os.kill(ray.get(victim.process_id.remote()), signal.SIGKILL)
+            os.kill(killed[0].processes()[0][1], signal.SIGKILL)
             killed.append(killed[0])
 
     with pytest.MonkeyPatch.context() as patch:

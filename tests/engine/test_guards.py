@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +13,16 @@ import torch
 
 from pipeline.checkpoints.tables import read_table
 from pipeline.engine import worker as worker_module
-from pipeline.engine.run_folder import INDEX
+from pipeline.engine.executors.local import LocalExecutor
+from pipeline.engine.output import prepare
+from pipeline.engine.run_folder import FOLDER, INDEX, MEASURED, PLAN, SOLUTIONS, WRITTEN, written_path
 from pipeline.engine.status import status
 from pipeline.engine.verify import verify
-from pipeline.errors import CheckpointError, VerificationError
-from pipeline.merging import Resources, merge
+from pipeline.errors import CheckpointError, ClaimedError, VerificationError
+from pipeline.events import Event, FileWritten, PassEnded, PassStarted
+from pipeline.merging import Resources, load_recipe, merge, plan_merge
 from pipeline.storage import open_store
+from pipeline.storage.local import LocalStore
 from tests.support.families import fine_tune, load_folder, make_family, save_model
 from tests.support.reference import digests
 
@@ -67,8 +73,8 @@ def test_a_source_replaced_while_it_is_read_is_not_merged(
     original = worker_module.ShardWorker._in_order
     replaced = []
 
-    def interrupted(self: object, task: object, chunks: object) -> object:
-        for result in original(self, task, chunks):  # type: ignore[arg-type]
+    def interrupted(*given: Any) -> object:
+        for result in original(*given):
             if not replaced:
                 replaced.append(save_model(family.models[2], fine_tune(family.values[2], 9), dtype=torch.float32))
             yield result
@@ -179,3 +185,174 @@ def test_a_refused_merge_leaves_nothing_in_the_way(tmp_path: Path) -> None:
         merge(str(family.recipe()), str(out))
     report = merge(str(family.recipe(name="repaired.yaml", pipeline={"non_finite": "base"})), str(out))
     assert report["files"]
+
+
+def test_a_file_that_somebody_else_replaces_is_not_committed(tmp_path: Path) -> None:
+    """A worker that the network had cut off, of a merge by another recipe, writes its last file and marker."""
+    family, out = make_family(tmp_path, 3), tmp_path / "out"
+    recipe = family.recipe(pipeline={"file_size": "20KB"})
+    other = tmp_path / "other"
+    merge(str(family.recipe("linear", name="linear.yaml", pipeline={"file_size": "20KB"})), str(other))
+
+    def late(event: Event) -> None:
+        if isinstance(event, PassEnded) and event.name == "write":
+            name = min(path.name for path in other.glob("*.safetensors"))
+            for path in (name, written_path(name)):
+                (out / path).write_bytes((other / path).read_bytes())
+
+    with pytest.raises(VerificationError, match="was replaced or lost since it was written"):
+        merge(str(recipe), str(out), listener=late)
+    assert not (out / INDEX).exists()
+    merge(str(recipe), str(out), overwrite=True)
+    verify(open_store(str(out)))
+
+
+def notes_of(recipe: Path, output: Path) -> tuple[str, ...]:
+    return plan_merge(load_recipe(str(recipe))[0], open_store(str(output)), Resources(), probe=True).plan.notes
+
+
+def test_planning_says_what_stands_in_the_way(tmp_path: Path) -> None:
+    family, out = make_family(tmp_path, 3), tmp_path / "out"
+    recipe = family.recipe()
+    assert notes_of(recipe, out) == ()
+    assert not out.exists()
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    (said,) = notes_of(recipe, out)
+    assert "holds no merge of ours" in said
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    (out / "notes.txt").unlink()
+    found: list[tuple[str, ...]] = []
+    merge(
+        str(recipe),
+        str(out),
+        listener=lambda event: found.append(notes_of(recipe, out)) if isinstance(event, FileWritten) else None,
+    )
+    assert "may be in use: process" in found[0][0]
+    assert notes_of(recipe, out) == ("the output holds this very merge, finished",)
+    (said,) = notes_of(family.recipe("linear", name="linear.yaml"), out)
+    assert "differs in the recipe" in said
+
+
+def test_an_executor_serves_one_merge_after_another_and_stays_open(tmp_path: Path) -> None:
+    family, executor = make_family(tmp_path, 3), LocalExecutor()
+    closed: list[bool] = []
+    first = family.recipe(pipeline={"file_size": "20KB"})
+    second = family.recipe("linear", name="linear.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        for number, recipe in enumerate((first, second, first)):
+            report = merge(
+                str(recipe), str(tmp_path / f"out{number}"), resources=Resources(workers=1 + number), executor=executor
+            )
+            alone = merge(str(recipe), str(tmp_path / f"alone{number}"))
+            assert report["bytes_read"] == alone["bytes_read"]
+            assert digests(tmp_path / f"out{number}") == digests(tmp_path / f"alone{number}")
+        patch.setattr(LocalExecutor, "close", lambda self: closed.append(True))
+        # Nothing is left to do, so it is not even started again.
+        merge(str(first), str(tmp_path / "out0"), executor=executor)
+        assert closed == []
+    assert executor.usage().read_bytes > 0
+    executor.close()
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_late_worker_of_another_plan_does_not_get_its_bytes_committed(tmp_path: Path, marked: bool) -> None:
+    """Its file and marker appear when this merge has begun and has not written yet; or its marker is of old times."""
+    family, out, other = make_family(tmp_path, 3), tmp_path / "out", tmp_path / "other"
+    recipe = family.recipe(pipeline={"file_size": "20KB"})
+    merge(str(recipe), str(tmp_path / "alone"))
+    merge(str(family.recipe("linear", name="linear.yaml", pipeline={"file_size": "20KB"})), str(other))
+
+    def late(event: Event) -> None:
+        if isinstance(event, PassStarted) and event.name == "measure":
+            for file in other.glob("*.safetensors"):
+                shutil.copy(file, out)
+                marker = json.loads((other / written_path(file.name)).read_text())
+                if not marked:
+                    del marker["fingerprint"]
+                (out / WRITTEN).mkdir(exist_ok=True)
+                (out / written_path(file.name)).write_text(json.dumps(marker))
+
+    report = merge(str(recipe), str(out), listener=late)
+    assert report["resumed_files"] == 0
+    assert digests(out) == digests(tmp_path / "alone")
+    verify(open_store(str(out)))
+
+
+def test_statistics_and_solutions_of_another_plan_are_made_anew(tmp_path: Path) -> None:
+    family, out, other = make_family(tmp_path, 3), tmp_path / "out", tmp_path / "other"
+    recipe = family.recipe(pipeline={"file_size": "20KB"})
+    merge(str(recipe), str(tmp_path / "alone"))
+    strangers = make_family(tmp_path / "strangers", 3, loud=1)
+    merge(str(strangers.recipe(pipeline={"file_size": "20KB"})), str(other))
+    store = open_store(str(out))
+    plan = plan_merge(load_recipe(str(recipe))[0], store, Resources(), probe=False).plan
+    prepare(plan, store, overwrite=False)
+    for path in (MEASURED, SOLUTIONS, WRITTEN):
+        copy = shutil.copytree if (other / path).is_dir() else shutil.copy
+        copy(other / path, out / path)
+    report = merge(str(recipe), str(out))
+    assert report["resumed_files"] == 0
+    assert digests(out) == digests(tmp_path / "alone")
+
+
+def test_a_folder_that_holds_another_merge_by_now_is_not_committed(tmp_path: Path) -> None:
+    """That merge came and went while this process was stopped: no run file tells of it any more."""
+    family, out, other = make_family(tmp_path, 3), tmp_path / "out", tmp_path / "other"
+    merge(str(family.recipe("linear", name="linear.yaml")), str(other))
+
+    def late(event: Event) -> None:
+        if isinstance(event, PassEnded) and event.name == "write":
+            shutil.copytree(other, out, dirs_exist_ok=True)
+
+    before = digests(other)
+    with pytest.raises(ClaimedError, match="taken over by a merge of another recipe"):
+        merge(str(family.recipe()), str(out), listener=late)
+    assert digests(out) == before
+
+
+class Killed(KeyboardInterrupt):
+    """Ends a merge from inside a store."""
+
+
+def test_killed_while_it_clears_it_is_still_known_as_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = make_family(tmp_path, 3)
+    old, recipe = family.recipe("linear", name="linear.yaml", pipeline={"file_size": "20KB"}), family.recipe()
+    merge(str(recipe), str(tmp_path / "alone"))
+    original, left = LocalStore.delete, [0]
+
+    def delete(self: LocalStore, path: str) -> None:
+        if path.startswith((f"{FOLDER}/runs", ".probe")) or self.url != str(out):
+            original(self, path)
+            return
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+        original(self, path)
+
+    monkeypatch.setattr(LocalStore, "delete", delete)
+    ended = False
+    for number in (1, 2, 3, 5, 8, 13, 21, 34, 55):
+        out = tmp_path / f"out{number}"
+        merge(str(old), str(out))
+        (out / "notes.md").write_text("mine")
+        left[0] = number
+        try:
+            merge(str(recipe), str(out), overwrite=True)
+            ended = True
+        except Killed:
+            assert number == 1 or not (out / INDEX).exists()
+            assert json.loads((out / PLAN).read_text())["parts"]
+            assert status(open_store(str(out)))["state"] in ("committed", "interrupted")
+        left[0] = 0
+        if number % 2:
+            # What is left of the old merge can be gone on with.
+            merge(str(old), str(out))
+            verify(open_store(str(out)))
+        merge(str(recipe), str(out), overwrite=True)
+        assert (out / "notes.md").read_text() == "mine"
+        (out / "notes.md").unlink()
+        assert digests(out) == digests(tmp_path / "alone")
+        if ended:
+            return
+    pytest.fail("the clearing has more steps than were tried")

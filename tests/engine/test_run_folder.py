@@ -18,6 +18,7 @@ from pipeline.engine.run_folder import (
     RowsWriter,
     finished,
     group_sums,
+    is_measured,
     load_checksums,
     measured_path,
     read_json,
@@ -112,6 +113,18 @@ def test_checksums_come_back_without_the_distances(store: Store) -> None:
     assert list(found) == [(row.tensor, row.start) for row in rows()]
     for row in rows():
         assert found[row.tensor, row.start].tolist() == row.checksums.tolist()
+
+
+def test_rows_of_another_plan_are_not_taken_for_this_ones(store: Store) -> None:
+    save_rows(store, FILE, rows(), "f")
+    assert is_measured(store, FILE, "f")
+    assert tuple(read_rows(store, FILE, "f")) == rows()
+    assert len(load_checksums(store, FILE, "f")) == 5
+    assert not is_measured(store, FILE, "g")
+    with pytest.raises(VerificationError, match="measured by another merge"):
+        tuple(read_rows(store, FILE, "g"))
+    with pytest.raises(VerificationError, match="measured by another merge"):
+        load_checksums(store, FILE, "g")
 
 
 def test_rows_that_are_not_finished_leave_no_marker(store: Store, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import xxhash
 
+from pipeline.engine.read_checks import check_agreement, check_sums
 from pipeline.engine.source import ChunkSource
 from pipeline.errors import CheckpointError, StorageError, VerificationError
 from pipeline.planning.grid import Chunk
@@ -244,19 +245,19 @@ def test_bytes_that_differ_from_the_first_read_are_found(family: Family, plan: P
     place = chunk(plan, "a", 10, 30)
     with source.lease(place, plan.points) as loaded:
         sums = [loaded.checksum(index) for index in range(4)]
-        source.check_sums(loaded, sums, {})
+        check_sums(plan, loaded, sums, {})
     path = family.models[1] / "model.safetensors"
     raw = bytearray(path.read_bytes())
     raw[plan.tensors[place.tensor].sources[2].start + 4 * 29] ^= 1
     path.write_bytes(raw)
     with source.lease(place, plan.points) as loaded, pytest.raises(VerificationError) as caught:
-        source.check_sums(loaded, sums, {})
+        check_sums(plan, loaded, sums, {})
     (problem,) = caught.value.problems
     assert problem.where == f"model {family.models[1]}, tensor a, file model.safetensors"
     assert "elements 10 to 30" in problem.what
     # The neighbouring chunk is as it was, and an input that is not loaded is not asked for.
     with source.lease(chunk(plan, "a", 0, 10), (0, 1)) as loaded:
-        source.check_sums(loaded, [loaded.checksum(0), loaded.checksum(1), 0, 0], {})
+        check_sums(plan, loaded, [loaded.checksum(0), loaded.checksum(1), 0, 0], {})
 
 
 @pytest.fixture
@@ -274,23 +275,23 @@ def test_integers_are_kept_of_every_input(integers: Family) -> None:
     source = source_of(plan, retained_bytes=3 * 64)
     for _ in range(2):
         with source.lease(chunk(plan, "ids", 0, 8), (0, 1, 2), keep=True) as loaded:
-            source.check_agreement(loaded)
+            check_agreement(plan, loaded)
     assert (source.read_bytes, source.reused_bytes) == (3 * 64, 3 * 64)
 
 
 def test_integers_must_agree(integers: Family) -> None:
     plan = plan_of(integers.recipe())
     with source_of(plan).lease(chunk(plan, "ids", 0, 8), (0, 1, 2)) as loaded:
-        source_of(plan).check_agreement(loaded)
+        check_agreement(plan, loaded)
     ids = torch.arange(8)
     ids[7] = 9
     save_model(integers.models[1], {"w": torch.ones(4), "ids": ids})
     plan = plan_of(integers.recipe())
     source = source_of(plan)
     with source.lease(chunk(plan, "ids", 0, 7), (0, 1, 2)) as loaded:
-        source.check_agreement(loaded)
+        check_agreement(plan, loaded)
     with source.lease(chunk(plan, "ids", 0, 8), (0, 1, 2)) as loaded, pytest.raises(CheckpointError) as caught:
-        source.check_agreement(loaded)
+        check_agreement(plan, loaded)
     (problem,) = caught.value.problems
     assert problem.where == f"model {integers.models[1]}, tensor ids"
     assert f"differs from the same tensor of {integers.base}" in problem.what

@@ -1,6 +1,5 @@
 """A family of nine 70B models, planned from sparse files: little memory, and no byte of data is read."""
 
-import json
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,77 +9,18 @@ import pytest
 from pipeline.merging import Planned, Resources, load_recipe, plan_merge
 from pipeline.storage import open_store
 from pipeline.storage.local import LocalStore
-from tests.support.families import CONFIG
+from tests.support.llama import LLAMAS, llama_family
 
-# Llama 3 70B.
-LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY, KV = 80, 8192, 28672, 128256, 1024
-PARAMETERS = 70_553_706_496
+LLAMA = LLAMAS["70B"]
+PARAMETERS = LLAMA.parameters
 EXPERTS = 8
-SHARDS = 30
 # What a reader of headers asks for at once, so that almost every header takes one request.
 _GUESS_BYTES = 1 << 18
 
 
-def _shapes() -> dict[str, list[int]]:
-    shapes = {"model.embed_tokens.weight": [VOCABULARY, HIDDEN]}
-    for layer in range(LAYERS):
-        prefix = f"model.layers.{layer}."
-        shapes |= {
-            prefix + "input_layernorm.weight": [HIDDEN],
-            prefix + "mlp.down_proj.weight": [HIDDEN, INTERMEDIATE],
-            prefix + "mlp.gate_proj.weight": [INTERMEDIATE, HIDDEN],
-            prefix + "mlp.up_proj.weight": [INTERMEDIATE, HIDDEN],
-            prefix + "post_attention_layernorm.weight": [HIDDEN],
-            prefix + "self_attn.k_proj.weight": [KV, HIDDEN],
-            prefix + "self_attn.o_proj.weight": [HIDDEN, HIDDEN],
-            prefix + "self_attn.q_proj.weight": [HIDDEN, HIDDEN],
-            prefix + "self_attn.v_proj.weight": [KV, HIDDEN],
-        }
-    return shapes | {"model.norm.weight": [HIDDEN], "lm_head.weight": [VOCABULARY, HIDDEN]}
-
-
-def _sparse_model(folder: Path) -> None:
-    """Headers, index and config as published; the data is a hole."""
-    folder.mkdir()
-    names = list(_shapes().items())
-    weight_map = {}
-    for shard in range(SHARDS):
-        file = f"model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors"
-        part = names[shard * len(names) // SHARDS : (shard + 1) * len(names) // SHARDS]
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name, shape in part:
-            size = 2 * shape[0] * (shape[1] if len(shape) == 2 else 1)
-            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
-            offset += size
-            weight_map[name] = file
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with (folder / file).open("wb") as stream:
-            stream.write(len(text).to_bytes(8, "little") + text)
-            stream.truncate(8 + len(text) + offset)
-    index = {"metadata": {"total_size": 2 * PARAMETERS}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = {**CONFIG, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY, "torch_dtype": "bfloat16"}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text("{}")
-
-
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("llama")
-    folders = [root / "base", *(root / f"expert{number}" for number in range(EXPERTS))]
-    for folder in folders:
-        _sparse_model(folder)
-    path = root / "recipe.yaml"
-    document = {
-        "merge_method": "geometric_median",
-        "base_model": str(folders[0]),
-        "models": [{"model": str(folder)} for folder in folders[1:]],
-        "dtype": "bfloat16",
-    }
-    path.write_text(json.dumps(document))
-    return path
+    return llama_family(tmp_path_factory.mktemp("llama"), "70B", EXPERTS)
 
 
 @pytest.fixture
@@ -120,7 +60,7 @@ def test_planning_reads_headers_only_and_stays_small(recipe: Path, reads: list[t
     weights = [(path, start, stop) for path, start, stop in reads if path in headers]
     assert {path for path, _, _ in weights} == set(headers)
     # One request a file, from its first byte: the header and no more than was guessed of its length.
-    assert len(weights) == len(headers) == (EXPERTS + 1) * SHARDS
+    assert len(weights) == len(headers) == (EXPERTS + 1) * LLAMA.files
     assert [place for place in weights if place[1] != 0 or place[2] > max(headers[place[0]], _GUESS_BYTES)] == []
     assert sum(stop for _, _, stop in weights) < 1e-4 * 2 * PARAMETERS * (EXPERTS + 1)
     assert not (recipe.parent / "out").exists()
@@ -130,7 +70,7 @@ def test_planning_reads_headers_only_and_stays_small(recipe: Path, reads: list[t
 def test_the_numbers_of_the_plan(recipe: Path) -> None:
     planned = _planned(recipe)
     plan = planned.plan
-    assert len(plan.tensors) == 80 * 9 + 3
+    assert len(plan.tensors) == 9 * LLAMA.layers + 3
     assert sum(item.elements for item in plan.tensors) == PARAMETERS
     assert sum(file.size_bytes for file in plan.files) == 2 * PARAMETERS
     assert max(file.size_bytes for file in plan.files) <= 5_000_000_000

@@ -1,7 +1,9 @@
 """The projected memory of a worker."""
 
+import dataclasses
 import itertools
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,10 +13,15 @@ from pipeline.errors import BudgetError
 from pipeline.numerics.kernels import work_bytes
 from pipeline.planning.layout import lay_out
 from pipeline.planning.memory import (
+    CLIENT_BYTES,
     KEPT_OVERHEAD_BYTES,
+    MOST_REQUESTS,
     PLAN_BYTES,
+    REQUEST_BYTES,
+    RESPONSE_COPIES,
     RUNTIME_BYTES,
     UPLOAD_BYTES,
+    lease_bytes,
     project_memory,
     slot_bytes,
 )
@@ -82,7 +89,7 @@ def test_the_sum_of_the_terms_never_exceeds_the_budget(
         return
     assert memory.total_bytes == sum(memory.terms.values()) <= budget
     names = {"runtime", "plan", "statistics", "chunks in flight", "work", "retained"}
-    assert set(memory.terms) == (names | {"upload"} if remote else names)
+    assert set(memory.terms) == (names | {"upload", "storage client"} if remote else names)
     assert min(memory.terms.values()) >= 0
     assert memory.terms["runtime"] == RUNTIME_BYTES
     assert memory.terms["plan"] == PLAN_BYTES * 3 * inputs
@@ -145,13 +152,67 @@ def test_an_upload_is_held_beside_the_rest() -> None:
     of = plan()
     local = project_memory(of, budget_bytes=10**10, threads=2)
     remote = project_memory(of, budget_bytes=10**10, threads=2, remote_output=True)
-    assert dict(remote.terms) == {**local.terms, "upload": UPLOAD_BYTES}
-    assert remote.total_bytes - local.total_bytes == UPLOAD_BYTES
+    assert dict(remote.terms) == {**local.terms, "upload": UPLOAD_BYTES, "storage client": CLIENT_BYTES}
     named = smallest(of, remote_output=True)
-    assert named == smallest(of) + UPLOAD_BYTES  # both are whole megabytes
+    assert named == smallest(of) + UPLOAD_BYTES + CLIENT_BYTES  # all are whole megabytes
     with pytest.raises(BudgetError):
         project_memory(of, budget_bytes=named - 1_000_000, threads=1, remote_output=True)
     assert project_memory(of, budget_bytes=named, threads=1, remote_output=True).total_bytes <= named
+
+
+def remote(inputs: int = 9, **words: Any) -> Plan:
+    """The same plan with one input in a bucket."""
+    of = plan(inputs, **words)
+    far = dataclasses.replace(of.inputs[0], url="s3://bucket/m0")
+    return dataclasses.replace(of, inputs=(far, *of.inputs[1:]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(650, 8_000), st.integers(1, 32), st.integers(2, 100), st.booleans())
+def test_read_ahead_stays_within_the_budget(megabytes: int, threads: int, inputs: int, measured: bool) -> None:
+    of = remote(inputs, tensors=3, measured=measured)
+    budget = megabytes * 1_000_000
+    try:
+        memory = project_memory(of, budget_bytes=budget, threads=threads)
+    except BudgetError:
+        assert budget < smallest(of)
+        return
+    assert memory.total_bytes == sum(memory.terms.values()) <= budget
+    assert 1 <= memory.requests <= MOST_REQUESTS
+    assert memory.terms["requests in flight"] == memory.requests * RESPONSE_COPIES * REQUEST_BYTES
+    assert memory.terms["read-ahead"] == memory.ahead_bytes >= 0
+    assert memory.terms["storage client"] == CLIENT_BYTES
+    assert memory.window >= 1
+    # A chunk's ranges are part of what a chunk in flight counts.
+    assert lease_bytes(of) < slot_bytes(of)
+
+
+def test_a_remote_input_needs_one_response_and_a_client_more() -> None:
+    named = smallest(remote())
+    assert 0 <= named - smallest(plan()) - CLIENT_BYTES - RESPONSE_COPIES * REQUEST_BYTES <= 1_000_000
+    memory = project_memory(remote(), budget_bytes=named, threads=4)
+    assert (memory.requests, memory.window, memory.threads) == (1, 1, 1)
+    assert memory.ahead_bytes < 1_000_000
+    local = project_memory(plan(), budget_bytes=named, threads=4)
+    assert (local.requests, local.ahead_bytes) == (0, 0)
+
+
+def test_more_memory_reads_further_ahead_up_to_what_a_store_can_use() -> None:
+    of = remote(tensors=400)
+    steps = [project_memory(of, budget_bytes=budget * 50_000_000, threads=2) for budget in range(20, 60)]
+    for less, more in itertools.pairwise(steps):
+        assert more.requests >= less.requests
+        assert more.ahead_bytes >= less.ahead_bytes
+    assert steps[0].requests < MOST_REQUESTS == steps[-1].requests
+    assert steps[-1].ahead_bytes == MOST_REQUESTS * REQUEST_BYTES
+    # Two large requests of each input, however many there are.
+    assert project_memory(remote(100, tensors=400), budget_bytes=10**10, threads=2).ahead_bytes == 200 * REQUEST_BYTES
+
+
+def test_no_more_is_read_ahead_than_there_is() -> None:
+    of = remote(3, tensors=2, elements=1000)
+    memory = project_memory(of, budget_bytes=10**10, threads=2)
+    assert (memory.requests, memory.ahead_bytes) == (1, 3 * 2 * 1000 * 2)
 
 
 def test_a_chunk_in_flight_is_every_input_and_the_output() -> None:

@@ -2,16 +2,20 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.engine.source import ChunkSource
 from pipeline.merging import Resources, load_recipe, plan_merge
-from pipeline.storage import open_store
+from pipeline.planning.memory import Memory
+from pipeline.storage import Store, open_store
+from pipeline.storage.local import LocalStore
 from tests.planning.plans import plan_of, small_family
+from tests.support.adapters import Layout, linears, make_adapters
 from tests.support.families import Family, save_model
 
 
@@ -56,6 +60,51 @@ def test_what_changes_the_result_changes_the_fingerprint(
 def test_a_bandwidth_only_projects_time(family: Family, bandwidth: str) -> None:
     plain, other = plan_of(family.recipe()), plan_of(family.recipe(pipeline={"bandwidth": bandwidth}))
     assert plain.fingerprint == other.fingerprint
+
+
+def test_storage_options_are_saved_and_leave_no_trace_in_the_fingerprint(family: Family) -> None:
+    options = {"s3": {"endpoint_url": "https://store.example"}, "gs://b/p": {"project": "x"}}
+    plain, other = plan_of(family.recipe()), plan_of(family.recipe(pipeline={"storage": options}))
+    assert plain.fingerprint == other.fingerprint
+    saved = json.loads(json.dumps(other.to_json()))
+    assert saved["recipe"]["pipeline"]["storage"] == options
+    assert other.storage.to_json() == options
+    assert other.storage.of("gs://b/p/m") == {"project": "x"}
+    assert plain.storage.of("s3://b") == {}
+
+
+def test_every_input_is_opened_with_its_own_options(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints, an adapter and the base it stands on; at planning and again by a worker."""
+    opened: list[tuple[str, str]] = []
+
+    def noting(url: str, options: Mapping[str, object] | None = None) -> Store:
+        # Stands in for a bucket: only local folders are at hand here.
+        opened.append((url, str((options or {}).get("profile"))))
+        return open_store(url.removeprefix("s3:/"), None)
+
+    for module in ("pipeline.checkpoints.checkpoint", "pipeline.checkpoints.adapter", "pipeline.engine.source"):
+        monkeypatch.setattr(f"{module}.open_store", noting)
+    monkeypatch.setattr(LocalStore, "url", property(lambda store: f"s3:/{store.location()}"))
+    modules = linears(family.base_values, "q_proj")
+    adapters = make_adapters(family.root, family.base, [Layout(modules=modules, rank=2)] * 2)
+    profiles = {str(folder): folder.name for folder in (family.base, family.models[0], *adapters.models)}
+    options = {f"s3:/{folder}": {"profile": name} for folder, name in profiles.items()}
+    models = [f"s3:/{family.models[0]}", f"s3:/{adapters.models[0]}"]
+    models.append(f"s3:/{family.base}+s3:/{adapters.models[1]}")
+    document = {
+        "merge_method": "linear",
+        "base_model": f"s3:/{family.base}",
+        "models": [{"model": model} for model in models],
+        "pipeline": {"storage": options},
+    }
+    recipe = family.root / "options.yaml"
+    recipe.write_text(json.dumps(document))
+    plan = plan_of(recipe)
+    ChunkSource(plan, Memory(terms={}, threads=1, window=1, retained_bytes=0)).close()
+    wanted = {f"s3:/{folder}": name for folder, name in profiles.items()}
+    assert {url for url, _ in opened} == set(wanted)
+    assert [(url, name) for url, name in opened if wanted[url] != name] == []
+    assert len(opened) >= 2 * len(wanted)
 
 
 def test_workers_memory_and_device_leave_no_trace(family: Family, tmp_path: Path) -> None:

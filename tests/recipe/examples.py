@@ -74,6 +74,10 @@ pipeline:
   file_size: 512MiB
   non_finite: base
   bandwidth: 2GB
+  storage:
+    s3: {region: eu-central-1}
+    s3://bucket/base: {endpoint_url: "https://store.example:9000", profile: nightly, anon: false}
+    gs: {project: p, consistency: none, nested: {retries: [1, 2]}}
 """,
     "adapters": r"""
 merge_method: linear
@@ -123,7 +127,7 @@ merge_method: linear
 base_model:
 dtype:
 parameters:
-pipeline:
+pipeline: {storage: }
 models: [{model: a, parameters: }]
 """,
     "tokenizer of a listed model": "merge_method: linear\ntokenizer_source: b\nmodels: [{model: a}, {model: b}]",

@@ -253,4 +253,37 @@ REFUSED = {
         "`parameters.weight.value` must be a number or a list of numbers",
         3,
     ),
+    "storage of a wrong type": (_LINEAR + "pipeline:\n  storage: fast", "`pipeline.storage`: is no mapping", 4),
+    "storage options of a wrong type": (
+        _LINEAR + "pipeline:\n  storage:\n    s3: fast",
+        "`pipeline.storage.s3`: is no mapping",
+        5,
+    ),
+    "storage of no scheme": (
+        _LINEAR + "pipeline:\n  storage:\n    /data: {anon: true}",
+        "`pipeline.storage./data`: is neither a scheme nor a URL prefix",
+        5,
+    ),
+    "storage of folders": (_LINEAR + "pipeline:\n  storage: {file: {}}", "have no meaning for folders", 4),
+    "credential in storage": (
+        _LINEAR + "pipeline:\n  storage:\n    s3:\n      region: eu\n      secret: abc",
+        "(use environment variables, a profile or the instance's role)",
+        7,
+    ),
+    "credential deep in storage": (
+        _LINEAR + "pipeline:\n  storage:\n    gs:\n      token: abc",
+        "`pipeline.storage.gs.token`: may be a credential",
+        6,
+    ),
+    "user in a storage prefix": (
+        _LINEAR + "pipeline:\n  storage:\n    s3://me:abc@bucket: {}",
+        "hold a credential",
+        4,
+    ),
+    "endpoint without a scheme": (
+        _LINEAR + "pipeline:\n  storage:\n    s3://b/p:\n      endpoint_url: minio:9000",
+        "is no http or https URL",
+        6,
+    ),
+    "anon that is no switch": (_LINEAR + "pipeline: {storage: {s3: {anon: 1}}}", "is not true or false", 3),
 }

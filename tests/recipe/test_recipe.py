@@ -13,6 +13,7 @@ from pipeline.errors import RecipeError
 from pipeline.recipe import NamedPatterns, PipelineSettings, Recipe, canonical, split_model
 from pipeline.recipe.checks import STATISTICS_KEYS
 from pipeline.recipe.content import keys_of
+from pipeline.storage.options import StorageOptions
 
 from .examples import ACCEPTED, METHODS, parse, problems
 from .refused import REFUSED
@@ -56,7 +57,17 @@ def test_values_of_every_key() -> None:
         file_size_bytes=512 * 2**20,
         non_finite="base",
         bandwidth_bytes=2 * 10**9,
+        storage=StorageOptions(
+            {
+                "s3": {"region": "eu-central-1"},
+                "s3://bucket/base": {"endpoint_url": "https://store.example:9000", "profile": "nightly", "anon": False},
+                "gs": {"project": "p", "consistency": "none", "nested": {"retries": [1, 2]}},
+            }
+        ),
     )
+    assert recipe.pipeline.storage.of("s3://bucket/base/model")["profile"] == "nightly"
+    assert recipe.pipeline.storage.of("s3://bucket/basement") == {"region": "eu-central-1"}
+    assert parse(ACCEPTED["least"]).pipeline.storage.of("s3://bucket/base") == {}
 
 
 def test_adapters_are_read_in_both_notations() -> None:
@@ -89,6 +100,24 @@ def test_named_scope_keeps_order() -> None:
         NamedPatterns(name="attention", tensors=("*.self_attn.*",)),
         NamedPatterns(name="rest", tensors=("*",)),
     )
+
+
+def test_no_credential_in_storage_is_shown() -> None:
+    text = """
+merge_method: linear
+models: [{model: a}]
+pipeline:
+  storage:
+    s3://user:hidden@bucket: {region: eu}
+    s3:
+      endpoint_url: https://user:hidden@store
+      client_kwargs: {aws_secret_access_key: hidden}
+      deep: [{sasToken: hidden}]
+"""
+    found = problems(text)
+    assert len(found) >= 4
+    assert "hidden" not in " ".join(found)
+    assert [line.split(": ")[0] for line in found][-1] == "r.yaml:10"
 
 
 def test_two_sets_of_one_name_are_refused() -> None:

@@ -18,7 +18,9 @@ from pipeline.events import (
     PassStarted,
 )
 from pipeline.reporting import progress
-from pipeline.reporting.progress import LogLines, TerminalProgress
+from pipeline.reporting.batch_view import RecipeEnded, RecipeStarted
+from pipeline.reporting.json_lines import JsonLines
+from pipeline.reporting.progress import CHOICES, LogLines, TerminalProgress, listening
 
 STORY: list[Event] = [
     Note(text="no base_model"),
@@ -96,3 +98,69 @@ def test_a_terminal_tells_the_story() -> None:
         assert words in text
     assert "block 8" not in text
     assert text.count("note: no base_model") == 1
+
+
+BATCH: list[Event] = [
+    RecipeStarted(recipe="chat", output="out/[chat]", number=1, count=2),
+    *STORY,
+    RecipeEnded(recipe="chat", state="committed", seconds=200.0, error=""),
+    RecipeStarted(recipe="code", output="out/code", number=2, count=2),
+    *STORY,
+    RecipeEnded(recipe="code", state="failed", seconds=1.5, error="no room"),
+]
+
+
+def test_a_log_tells_a_batch_recipe_by_recipe(caplog: pytest.LogCaptureFixture) -> None:
+    lines = LogLines()
+    with caplog.at_level(logging.INFO):
+        for event in BATCH:
+            lines(event)
+    assert [line for line in logged(caplog) if "chat" in line or "code" in line] == [
+        "[1/2] chat into out/[chat]",
+        "chat: committed after 3 min 20 s",
+        "[2/2] code into out/code",
+        "code: failed after 1.5 s: no room",
+    ]
+    assert sum("solved" in line for line in logged(caplog)) == 2 * 8
+    assert caplog.records[-1].levelname == "ERROR"
+
+
+def test_a_terminal_shows_the_bars_of_one_recipe_only() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=120, no_color=True, legacy_windows=False)
+    with TerminalProgress(console) as bar:
+        for event in BATCH:
+            bar(event)
+        assert len(bar._progress.tasks) == 2
+    text = stream.getvalue()
+    for words in ("[1/2] chat into out/[chat]", "[2/2] code into out/code", "code: failed after 1.5 s: no room"):
+        assert words in text
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("choice", "terminal", "kind"),
+    [
+        ("auto", True, TerminalProgress),
+        ("auto", False, LogLines),
+        ("bar", True, TerminalProgress),
+        ("bar", False, TerminalProgress),
+        ("lines", True, LogLines),
+        ("lines", False, LogLines),
+        ("json", True, JsonLines),
+        ("json", False, JsonLines),
+    ],
+)
+def test_a_user_chooses_the_form(choice: str, terminal: bool, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal() if terminal else io.StringIO()
+    assert choice in CHOICES
+    with listening(choice, stream) as listener:
+        assert type(listener) is kind
+        listener(PassStarted(name="measure", total_bytes=10, files=1))
+    # Only a bar moves the cursor.
+    assert ("\x1b[" in stream.getvalue()) == (kind is TerminalProgress)

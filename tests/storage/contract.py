@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import StorageError
-from pipeline.storage import MissingObject, Store, open_store
+from pipeline.storage import Leftover, MissingObject, Store, counters, open_store
 
 MEGABYTE = bytes(range(256)) * 4096
 
@@ -209,6 +210,63 @@ class StoreContract:
         with ThreadPoolExecutor(8) as pool:
             assert all(pool.map(work, range(60)))
 
+    def test_create_puts_once(self, store: Store, make_store: Callable[[], Store]) -> None:
+        assert store.create("folder/a", b"first") is True
+        assert make_store().create("folder/a", b"second") is False
+        assert store.read("folder/a") == b"first"
+        store.delete("folder/a")
+        assert store.create("folder/a", b"third") is True
+        assert store.create("empty", b"") is True
+        assert store.create("empty", b"") is False
+        store.write("folder/a", b"replaced")
+        assert store.read("folder/a") == b"replaced"
+        assert store.list() == ("empty", "folder/a")
+        assert store.leftovers() == ()
+
+    def test_what_was_finished_leaves_nothing(self, store: Store) -> None:
+        assert store.leftovers() == ()
+        store.write("folder/a", MEGABYTE)
+        for path in ("folder/b", "c"):
+            with store.open_writer(path) as writer:
+                writer.write(MEGABYTE)
+                writer.commit()
+        aborted = store.open_writer("folder/d")
+        aborted.write(MEGABYTE)
+        aborted.abort()
+        assert store.leftovers() == ()
+        assert store.sweep() == 0
+        assert store.list() == ("c", "folder/a", "folder/b")
+
+    def test_only_leftovers_can_be_removed_as_such(self, store: Store) -> None:
+        store.write("a", b"1")
+        with pytest.raises(ValueError, match="a is no leftover"):
+            store.remove_leftover(Leftover(kind="temporary", path="a"))
+        with pytest.raises(ValueError, match="a is no leftover"):
+            store.remove_leftover(Leftover(kind="upload", path="a"))
+        # One that is gone already.
+        store.remove_leftover(Leftover(kind="temporary", path=".a.1-0123456789abcdef.part"))
+        assert store.list() == ("a",)
+
+    def test_what_moves_is_counted(self, store: Store) -> None:
+        before = counters()
+        store.write("a", MEGABYTE)
+        with store.open_writer("b") as writer:
+            writer.write(MEGABYTE)
+            writer.commit()
+        written = counters()
+        assert written.written_bytes - before.written_bytes == 2 * len(MEGABYTE)
+        assert written.read_bytes == before.read_bytes
+        assert written.requests >= before.requests + 2
+        store.read("a", 10, 110)
+        store.read_into("b", 0, memoryview(bytearray(1000)))
+        assert store.create("a", b"12345") is False
+        assert store.create("c", b"12345") is True
+        after = counters()
+        assert after.read_bytes - written.read_bytes == 1100
+        assert after.written_bytes - written.written_bytes >= 5
+        assert after.requests >= written.requests + 4
+        assert after.retries == before.retries
+
     def test_probe_leaves_no_trace(self, store: Store) -> None:
         store.probe_writable()
         assert store.list() == ()
@@ -226,3 +284,23 @@ class StoreContract:
         assert store.location("a/b") == f"{store.url}/a/b"
         assert store.is_local == ("://" not in store.url)
         assert open_store(store.url).url == store.url
+
+
+class ExclusiveContract:
+    """What a store must do whose `create` is exclusive among processes; beside `StoreContract`."""
+
+    def test_of_many_creators_one_succeeds(self, make_store: Callable[[], Store]) -> None:
+        for round_number in range(5):
+            begin = threading.Barrier(8)
+
+            def race(number: int, begin: threading.Barrier = begin, path: str = f"claims/{round_number}") -> bool:
+                # Some with bytes of their own, some with equal ones: the bytes must not decide.
+                store, data = make_store(), b"%d" % (number // 2)
+                begin.wait()
+                return store.create(path, data)
+
+            with ThreadPoolExecutor(8) as pool:
+                won = list(pool.map(race, range(8)))
+            assert sum(won) == 1
+            assert make_store().read(f"claims/{round_number}") == b"%d" % (won.index(True) // 2)
+        assert make_store().leftovers() == ()

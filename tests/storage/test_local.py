@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +17,10 @@ from pipeline.storage import MissingObject, Store, open_store
 from pipeline.storage import descriptors as descriptors_module
 from pipeline.storage.local import LocalStore
 
-from .contract import StoreContract
+from .contract import ExclusiveContract, StoreContract
 
 
-class TestLocalStore(StoreContract):
+class TestLocalStore(StoreContract, ExclusiveContract):
     @pytest.fixture
     def make_store(self, tmp_path: Path) -> Callable[[], Store]:
         return lambda: open_store(str(tmp_path / "not" / "there yet"))
@@ -248,11 +249,73 @@ def test_a_killed_writer_leaves_nothing_visible(tmp_path: Path) -> None:
 def test_sweep_removes_what_dead_writers_left_and_nothing_else(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    (tmp_path / "sub").mkdir()
-    leftover = tmp_path / "sub" / f".model.safetensors.{dead.pid}-0123456789abcdef.part"
+    name = f".model.safetensors.{dead.pid}-0123456789abcdef.part"
+    mine = [tmp_path / name, tmp_path / "_geomerge" / "measured" / name]
+    # Of another merge, whose output lies in this one's, and of others.
+    theirs = [tmp_path / "sub" / name, tmp_path / "sub" / "_geomerge" / name, tmp_path / "_geomerge_batch" / name]
     alive = tmp_path / f".model.safetensors.{os.getppid()}-0123456789abcdef.part"
     other = tmp_path / ".hidden.part"
-    for path in (leftover, alive, other, tmp_path / "kept"):
+    kept = [*theirs, alive, other, tmp_path / "kept"]
+    for path in (*mine, *kept):
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"bytes")
-    assert open_store(str(tmp_path)).sweep() == 1
-    assert [path.exists() for path in (leftover, alive, other, tmp_path / "kept")] == [False, True, True, True]
+    assert open_store(str(tmp_path)).sweep() == 2
+    assert not any(path.exists() for path in mine)
+    assert all(path.exists() for path in kept)
+
+
+def test_leftovers_are_the_temporary_files_of_all_writers(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.write("kept", b"1")
+    with store.open_writer("sub/model") as writer:
+        before_s = time.time()
+        writer.write(b"x" * 100)
+        (found,) = store.leftovers()
+        assert (found.kind, found.size_bytes, found.handle) == ("temporary", 100, "")
+        assert found.path.startswith("sub/.model.")
+        assert found.started_s is not None
+        # Clocks of filesystems are coarser than the system's.
+        assert before_s - 1 <= found.started_s <= time.time() + 1
+        assert store.sweep() == 0, "it is being written"
+        assert store.leftovers() == (found,)
+        store.remove_leftover(found)
+        assert store.leftovers() == ()
+        store.remove_leftover(found)
+        with pytest.raises(StorageError, match="cannot write"):
+            writer.commit()
+    assert store.list() == ("kept",)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_create_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool) -> None:
+    store = LocalStore(tmp_path)
+    if exists:
+        store.write("a", b"old")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert store.create("a", b"new") is not exists
+    assert store.read("a") == (b"old" if exists else b"new")
+    assert everything_in(tmp_path) == ["a"]
+
+
+def test_create_knows_its_own_link_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network filesystem does it, loses the reply, asks again and hears that the name is taken."""
+    real = os.link
+
+    def lost(source: str, target: str) -> None:
+        real(source, target)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+    monkeypatch.setattr(os, "link", lost)
+    assert LocalStore(tmp_path).create("a", b"new") is True
+    assert LocalStore(tmp_path).read("a") == b"new"
+
+
+def test_create_fails_for_a_folder_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(StorageError, match="a: cannot write: Is a directory"):
+        LocalStore(tmp_path).create("a", b"new")
+    assert everything_in(tmp_path) == []

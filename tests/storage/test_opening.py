@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import StorageError
-from pipeline.storage import open_store
+from pipeline.storage import join_url, open_store, split_url
 
 
 def test_forms_of_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,3 +59,17 @@ def test_a_local_run_does_not_load_fsspec(tmp_path: Path) -> None:
         "sys.exit('fsspec' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("url", "folder", "name"),
+    [
+        ("recipe.yaml", ".", "recipe.yaml"),
+        ("/recipes/what?.yaml", "/recipes", "what?.yaml"),
+        ("s3://bucket/recipes/a.yaml", "s3://bucket/recipes", "a.yaml"),
+        ("https://host/m/a.yaml?X-Signature=a/b", "https://host/m?X-Signature=a/b", "a.yaml"),
+    ],
+)
+def test_where_a_folder_ends(url: str, folder: str, name: str) -> None:
+    assert split_url(url) == (folder, name)
+    assert join_url(folder, name) == (url if folder != "." else f"./{name}")

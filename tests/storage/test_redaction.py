@@ -14,7 +14,10 @@ from pipeline.storage.redaction import bare_name, redacted, secrets_of, shown_ur
         ("sftp://me:pa55word@host:22/models", "sftp://host:22/models"),
         ("https://host/m?X-Amz-Signature=abc&x=1", "https://host/m"),
         ("simplecache::https://u:p@host/m?sig=1", "simplecache::https://host/m"),
+        ("sftp://me:pa55@w0rd@host/models", "sftp://host/models"),
         ("memory://", "memory://"),
+        ("nightly/what?.yaml", "nightly/what?.yaml"),
+        ("file:///nightly/what?.yaml", "file:///nightly/what?.yaml"),
         ("hf://user/repo@main/sub", "hf://user/repo@main/sub"),
     ],
 )

@@ -9,10 +9,10 @@ import pytest
 from pipeline.storage import Store, open_store
 from tests.support.s3 import prefix
 
-from .contract import MEGABYTE, StoreContract
+from .contract import MEGABYTE, ExclusiveContract, StoreContract
 
 
-class TestS3(StoreContract):
+class TestS3(StoreContract, ExclusiveContract):
     """What every store must do, on a real server."""
 
     @pytest.fixture

@@ -7,7 +7,8 @@ import aiohttp
 import botocore.exceptions
 import pytest
 
-from pipeline.storage.retrying import RetryPolicy, cause_of, is_permanent
+from pipeline.storage import counters
+from pipeline.storage.retrying import RetryPolicy, cause_of, code_of, is_permanent
 
 QUICK = RetryPolicy(first_pause_s=0.001, longest_pause_s=0.002)
 
@@ -63,9 +64,39 @@ def test_http_answers(status: int, permanent: bool) -> None:
     assert is_permanent(error) is permanent
 
 
+def refusal(code: str, errno_: int = errno.EINVAL) -> OSError:
+    """An error of S3 as s3fs hands it on."""
+    error = OSError(errno_, "words")
+    error.__cause__ = botocore.exceptions.ClientError({"Error": {"Code": code}}, "PutObject")
+    return error
+
+
+@pytest.mark.parametrize(
+    "code", ["BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "IncompleteBody"]
+)
+def test_damage_on_the_way_passes_though_it_looks_like_a_mistake(code: str) -> None:
+    assert not is_permanent(refusal(code))
+    assert code_of(refusal(code)) == code
+
+
+@pytest.mark.parametrize("code", ["InvalidArgument", "PreconditionFailed", "InvalidBucketName"])
+def test_mistakes_do_not_pass(code: str) -> None:
+    assert is_permanent(refusal(code))
+
+
+def test_errors_of_others_have_no_code() -> None:
+    assert code_of(OSError("x")) == ""
+
+
+def test_repetitions_are_counted() -> None:
+    before = counters()
+    QUICK.run(failing([OSError("a"), OSError("b")], []))  # type: ignore[arg-type]
+    assert counters().retries - before.retries == 2
+
+
 def test_attempts_are_limited_and_the_last_error_is_raised() -> None:
     calls: list[float] = []
-    with pytest.raises(OSError, match="4"):
+    with pytest.raises(OSError, match=f"^{QUICK.attempts - 1}$"):
         QUICK.run(failing([OSError(str(number)) for number in range(9)], calls))
     assert len(calls) == QUICK.attempts
 
@@ -87,3 +118,30 @@ def test_causes_in_words() -> None:
     assert cause_of(TimeoutError()) == "no answer in time (TimeoutError)"
     assert cause_of(ConnectionResetError()) == "ConnectionResetError"
     assert cause_of(aiohttp.ClientPayloadError("cut")) == "cut (ClientPayloadError)"
+
+
+def test_a_store_that_has_answered_is_waited_for_longer() -> None:
+    outage = botocore.exceptions.EndpointConnectionError(endpoint_url="http://x")
+    for known, wanted in ((True, 31), (False, QUICK.attempts)):
+        calls: list[float] = []
+        request = failing([outage] * 30, calls)
+        if known:
+            assert QUICK.run(request, known=True) == "done"
+        else:
+            with pytest.raises(botocore.exceptions.EndpointConnectionError):
+                QUICK.run(request)
+        assert len(calls) == wanted
+
+
+def test_what_a_store_answers_counts_also_between_outages() -> None:
+    calls: list[float] = []
+    errors: list[BaseException] = [ConnectionRefusedError("down"), OSError(errno.EBUSY, "starting")] * QUICK.attempts
+    with pytest.raises(OSError, match="starting"):
+        QUICK.run(failing(errors, calls), known=True)
+    assert len(calls) == 2 * QUICK.attempts
+
+
+def test_waiting_for_a_store_ends_too() -> None:
+    policy = RetryPolicy(deadline_s=0.2, first_pause_s=0.01, longest_pause_s=0.02)
+    with pytest.raises(ConnectionRefusedError):
+        policy.run(failing([ConnectionRefusedError("down")] * 1000, []), known=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 from pipeline.engine.executors.base import Executor
+from pipeline.events import Listener, ignore
 
 
 def takes_ray(name: str, *, address: str | None) -> bool:
@@ -17,17 +18,18 @@ def takes_ray(name: str, *, address: str | None) -> bool:
     return name == "ray" or (name == "auto" and (address is not None or inside_job))
 
 
-def create_executor(name: str, *, address: str | None) -> Executor:
+def create_executor(name: str, *, address: str | None, listener: Listener = ignore) -> Executor:
     """Return an executor that has not started yet.
 
     Args:
         name: "auto", "local" or "ray". "auto" takes Ray inside a Ray job or when an address is given.
         address: A Ray cluster's address, or None.
+        listener: Told of workers that were lost, replaced, moved or retired; only from the thread that runs a verb.
     """
     if takes_ray(name, address=address):
         from pipeline.engine.executors.ray import RayExecutor
 
-        return RayExecutor(address=address)
+        return RayExecutor(address=address, listener=listener)
     from pipeline.engine.executors.local import LocalExecutor
 
     return LocalExecutor()

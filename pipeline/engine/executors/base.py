@@ -20,7 +20,7 @@ Tick = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What workers used since they started; one that was lost and replaced counts from its replacement.
+    """What workers used since they started; of one that was lost, what it was last heard to have used.
 
     Attributes:
         peak_memory_bytes: The largest resident set of every process that ran workers, by name.
@@ -39,7 +39,10 @@ class Executor(Protocol):
     name: str
 
     def start(self, job: Job, shards: Sequence[Sequence[int]]) -> None:
-        """Start one worker a shard.
+        """Start one worker a shard; on a started executor, give its workers another job.
+
+        Workers that are there already are kept as far as they are needed, ended or added to as the shards ask; usage
+        and progress begin at zero. After a verb has failed, this is what makes an executor usable again.
 
         Args:
             job: Handed to every worker.
@@ -60,21 +63,39 @@ class Executor(Protocol):
 
         Raises:
             PipelineError: What a worker raised, unchanged; the others stop.
-            WorkerError: A worker was lost and could not be replaced.
+            WorkerError: No worker is left, or a file lost its worker too often.
         """
         ...
 
     def all_reduce(self, requests: Mapping[int, np.ndarray], tick: Tick) -> dict[int, np.ndarray]:
-        """Run `ShardWorker.probe` on every worker's shard and return the sums of their limbs.
+        """Run `ShardWorker.probe` on all files of the shards and return the sums of their limbs.
 
         Args:
             requests: By group, coefficients of the combinations to measure.
             tick: Told of progress.
+
+        Returns:
+            By group, the limbs with all carries moved on: the same bits whichever worker summed which files.
+
+        Raises:
+            PipelineError: What a worker raised, unchanged; the others stop.
+            WorkerError: No worker is left, or a file lost its worker too often.
         """
         ...
 
     def usage(self) -> Usage:
         """Return what the workers have used so far."""
+        ...
+
+    def waiting(self) -> str:
+        """Return in words what it waits for beyond workers that run, "" when nothing; callable from any thread."""
+        ...
+
+    def halt(self) -> None:
+        """Make the workers end what they run, uploads included, and wait for it, though not for ever.
+
+        For a driver that gives up: what it leaves behind then writes nothing more. `start` makes workers usable again.
+        """
         ...
 
     def close(self) -> None:

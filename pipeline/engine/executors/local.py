@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.engine.executors.base import Tick, Usage
+from pipeline.engine.executors.limbs import add_limbs, pack, unpack
 from pipeline.engine.process import peak_memory_bytes, pick_device, single_threaded_products
 from pipeline.engine.worker import Job, ShardWorker
 
@@ -30,10 +31,12 @@ class LocalExecutor:
     def __init__(self) -> None:
         self._workers: list[ShardWorker] = []
         self._shards: list[tuple[int, ...]] = []
+        self._threads: list[threading.Thread] = []
         self._bracket = ExitStack()
 
     def start(self, job: Job, shards: Sequence[Sequence[int]]) -> None:
-        """Start one worker a shard."""
+        """Start one worker a shard, instead of those of an earlier job."""
+        self.close()
         self._bracket.enter_context(single_threaded_products())
         for rank, shard in enumerate(shards):
             self._workers.append(ShardWorker(dataclasses.replace(job, device=pick_device(job.device, rank))))
@@ -57,9 +60,8 @@ class LocalExecutor:
 
         totals: dict[int, np.ndarray] = {}
         for partial in self._run(task, tick):
-            for group, limbs in partial.items():
-                totals[group] = totals[group] + limbs if group in totals else limbs
-        return totals
+            add_limbs(totals, partial)
+        return unpack(requests, pack(requests, totals))
 
     def usage(self) -> Usage:
         """Return what the workers have used; they share this process's memory."""
@@ -69,11 +71,24 @@ class LocalExecutor:
             reused_bytes=sum(worker.traffic()[1] for worker in self._workers),
         )
 
+    def waiting(self) -> str:
+        """Return nothing: threads of this process are there or not."""
+        return ""
+
+    def halt(self) -> None:
+        """Make the workers end what they run."""
+        for worker in self._workers:
+            worker.stop()
+        for thread in self._threads:
+            thread.join()
+
     def close(self) -> None:
         """End all workers."""
+        self.halt()
         for worker in self._workers:
             worker.close()
         self._workers.clear()
+        self._shards.clear()
         self._bracket.close()
 
     def _run(self, task: Any, tick: Tick) -> Iterator[Any]:
@@ -91,6 +106,7 @@ class LocalExecutor:
             threading.Thread(target=body, args=pair, name=f"worker-{rank}", daemon=True)
             for rank, pair in enumerate(zip(self._workers, self._shards, strict=True))
         ]
+        self._threads = threads
         for thread in threads:
             thread.start()
         running = len(threads)
@@ -110,8 +126,7 @@ class LocalExecutor:
             tick(sum(worker.done_bytes for worker in self._workers))
         finally:
             if running:
-                for worker in self._workers:
-                    worker.stop()
+                self.halt()
             for thread in threads:
                 thread.join()
 

@@ -1,341 +1,212 @@
 """The Ray executor: one actor a worker, on CPUs or one GPU each, wherever the cluster has room.
 
-The only module that knows Ray. Owns actors, their placement and replacement, and the collective that adds up exact
-partial sums: an all-gather over a gloo group whose store lives in the driver.
+Owns the order of things: who runs which file, what happens to files when a worker is lost, and reductions that cover
+all of them. The modules beside it that begin with ``ray`` are the only others that know Ray.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import ray
-import torch
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 
+from pipeline.engine.executors import ray_nodes
 from pipeline.engine.executors.base import Tick, Usage
-from pipeline.engine.process import peak_memory_bytes, pick_device, raise_descriptor_limit, single_threaded_products
-from pipeline.engine.worker import Job, ShardWorker
-from pipeline.errors import PipelineError, Problem, WorkerError
-from pipeline.numerics.exact_sum import LIMBS
+from pipeline.engine.executors.limbs import pack, unpack
+from pipeline.engine.executors.ray_crew import Change, Crew
+from pipeline.engine.executors.ray_life import Member, Patience
+from pipeline.engine.executors.ray_meeting import Meeting
+from pipeline.engine.executors.ray_nodes import Ask
+from pipeline.engine.executors.ray_watch import Watch
+from pipeline.engine.executors.schedule import ATTEMPTS, Schedule
+from pipeline.engine.process import peak_memory_bytes
+from pipeline.engine.worker import Job
+from pipeline.errors import Problem, WorkerError
+from pipeline.events import Listener, Note, ignore
 
-# Seconds between two looks at the actors' progress.
-_TICK_S = 0.5
-# All ranks have read their shards when they meet, so this is for the exchange alone; a dead rank is seen by its closed
-# connection, not by this.
-_COLLECTIVE_TIMEOUT_S = 60
-# Seconds for a cluster to find room for all actors before the merge gives up with what is missing.
-_PLACEMENT_TIMEOUT_S = 120
-# Times one file may lose its worker: a machine that dies thrice on the same file is the file's fault.
-_ATTEMPTS = 3
-
-
-class _Actor:
-    """A `ShardWorker` in a process of its own, with a second thread for questions while it works."""
-
-    def __init__(self, job: Job) -> None:
-        # The process is the actor's for life, so the setting is not put back.
-        single_threaded_products().__enter__()
-        raise_descriptor_limit()
-        self._worker = ShardWorker(dataclasses.replace(job, device=pick_device(job.device, 0)))
-        self._group: Any = None
-        self._world = 1
-        self._partial: dict[int, np.ndarray] = {}
-        # A verb that a lost neighbour left behind may still run when the next one arrives.
-        self._verb = threading.Lock()
-
-    def join(self, host: str, port: int, generation: int, rank: int, world: int) -> None:
-        """Become a rank of a collective group."""
-        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._timeout = timedelta(seconds=_COLLECTIVE_TIMEOUT_S)
-        # Bound to Ray's own address of the node: gloo would take the host name's, which is often 127.0.1.1.
-        options._devices = [ProcessGroupGloo.create_device(hostname=ray.util.get_node_ip_address())]
-        store = PrefixStore(f"generation-{generation}", TCPStore(host, port, None, False))
-        self._group = ProcessGroupGloo(store, rank, world, options)
-        self._world = world
-
-    def run(self, verb: str, file: int, arguments: tuple[Any, ...]) -> Any:
-        """Run a verb on one file."""
-        with self._verb:
-            return getattr(self._worker, verb)(file, *arguments)
-
-    def probe(self, requests: Mapping[int, np.ndarray], files: Sequence[int]) -> None:
-        """Probe this shard and keep the partial sums for `reduce`."""
-        with self._verb:
-            self._partial = self._worker.probe(requests, files)
-
-    def reduce(self, requests: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
-        """Return the sums of all ranks' last probes; the same on every rank."""
-        partial, group = self._partial, self._group
-        shapes = {group: _limb_shape(coefficients) for group, coefficients in requests.items()}
-        flat = np.concatenate([
-            partial[group].ravel() if group in partial else np.zeros(shape, np.int64).ravel()
-            for group, shape in shapes.items()
-        ])  # fmt: skip
-        try:
-            total = _sum(group, self._world, torch.from_numpy(flat)).numpy()
-        except RuntimeError:
-            # Dropped at once: the closed connections wake the other ranks, which would wait for the timeout.
-            self._group = None
-            raise
-        result, position = {}, 0
-        for group, shape in shapes.items():
-            size = shape[0] * shape[1]
-            result[group] = total[position : position + size].reshape(shape)
-            position += size
-        return result
-
-    def facts(self) -> dict[str, int]:
-        """Return progress and memory; answered while a verb runs."""
-        read, reused = self._worker.traffic()
-        return {"done": self._worker.done_bytes, "peak": peak_memory_bytes(), "read": read, "reused": reused}
-
-    def process_id(self) -> int:
-        """Return the actor's process, for whoever must find it in a node's list of processes."""
-        return os.getpid()
+# Seconds for workers to end their chunk and to abort their upload, when the merge is given up: longer than both take,
+# shorter than what stops a job waits before it kills.
+_HALT_S = 3.0
+# By worker, the files whose results it keeps in memory until they are reduced.
+_Held = dict[int, list[int]]
 
 
 class RayExecutor:
     """Runs every worker as an actor.
 
     Args:
-        address: The cluster's; None starts one here, or takes the one a job runs in.
+        address: The cluster's; None takes the one a job runs in, or starts one here.
+        listener: Told of workers that were lost, replaced, moved or retired.
+        patience: How long to wait for what.
     """
 
     name = "ray"
 
-    def __init__(self, *, address: str | None = None) -> None:
+    def __init__(
+        self, *, address: str | None = None, listener: Listener = ignore, patience: Patience | None = None
+    ) -> None:
+        patience = patience or Patience()
         self._address = address
-        self._own = False
-        self._actors: list[Any] = []
-        self._shards: list[tuple[int, ...]] = []
-        self._placement: PlacementGroup | None = None
-        self._job: Job | None = None
-        self._store: Any = None
-        self._generation = 0
-        self._joined = False
+        self._listen = listener
+        # What a Ray started here has room for: workers, and bytes each; None when it is not ours.
+        self._own: tuple[int, int] | None = None
+        self._crew = Crew(patience, listener)
+        self._watch = Watch(self._crew, patience)
+        self._meeting = Meeting(patience)
+        self._schedule = Schedule([])
+        self._names: tuple[str, ...] = ()
+        self._passes = 0
+        self._told_bytes = 0
 
     def start(self, job: Job, shards: Sequence[Sequence[int]]) -> None:
-        """Connect, reserve room for all actors spread over nodes, and start them."""
-        self._connect(len(shards))
+        """Connect, and start or keep one actor a shard, spread over nodes; go on with those there is room for."""
+        self._connect(len(shards), job.memory.total_bytes)
         gpus = 0 if job.device == "cpu" else ray.cluster_resources().get("GPU", 0)
         if job.device == "cuda" and not gpus:
             raise WorkerError(Problem(what="the Ray cluster has no GPU", remedy="use --device cpu"))
-        bundle = {"CPU": 1.0, **({"GPU": 1.0} if gpus else {})}
-        self._placement = placement_group([bundle] * len(shards), strategy="SPREAD")
-        try:
-            ray.get(self._placement.ready(), timeout=_PLACEMENT_TIMEOUT_S)
-        except GetTimeoutError as error:
-            raise WorkerError(
-                Problem(
-                    what=f"no room for {len(shards)} workers of {bundle} within {_PLACEMENT_TIMEOUT_S} s",
-                    where=f"Ray cluster with {ray.cluster_resources()}",
-                    remedy="ask for fewer --workers, or add nodes",
-                )
-            ) from error
-        self._job = dataclasses.replace(job, device="cuda" if gpus else "cpu")
-        self._shards = [tuple(shard) for shard in shards]
-        self._actors = [self._spawn(rank) for rank in range(len(shards))]
+        self._schedule = Schedule(shards)
+        self._names = tuple(layout.name for layout in job.plan.files)
+        self._told_bytes = 0
+        ask = Ask(memory_bytes=job.memory.total_bytes, gpus=1 if gpus else 0)
+        self._crew.engage(dataclasses.replace(job, device="cuda" if gpus else "cpu"), len(shards), ask)
+        for member in self._crew.members:
+            if member.retired:
+                self._schedule.retire(member.number)
+        told = False
+        while any(not member.ready and not member.retired for member in self._crew.members):
+            for _ in self._crew.wait():
+                pass
+            self._look({})
+            if self._crew.text and not told:
+                told = True
+                self._listen(Note(text=f"waiting for workers: {self._crew.text}; the cluster: {ray_nodes.room()}"))
 
     def map(self, verb: str, items: Mapping[int, tuple[Any, ...]], tick: Tick) -> Iterator[tuple[int, Any]]:
-        """Run a verb on files, each on the actor that owns it; a lost actor is replaced and its file run again."""
-        waiting = [[file for file in shard if file in items] for shard in self._shards]
-        attempts = dict.fromkeys(items, 0)
-        running: dict[Any, tuple[int, int]] = {}
+        """Run a verb on files; a lost actor is replaced or its files go to others, and its file is run again."""
+        self._schedule.begin(items)
+        self._crew.begin_pass()
 
-        def submit(rank: int) -> None:
-            if waiting[rank]:
-                file = waiting[rank].pop(0)
-                attempts[file] += 1
-                running[self._actors[rank].run.remote(verb, file, items[file])] = (rank, file)
+        def call(member: Member, file: int) -> Any:
+            return member.life.actor.run.remote(verb, file, items[file])
 
-        for rank in range(len(self._actors)):
-            submit(rank)
-        while running:
-            done, _ = ray.wait(list(running), num_returns=1, timeout=_TICK_S)
-            tick(self._done_bytes())
-            for reference in done:
-                rank, file = running.pop(reference)
-                try:
-                    result = ray.get(reference)
-                except RayTaskError as error:
-                    raise _cause(error) from error
-                except RayError as error:  # the actor, its node or its memory
-                    if attempts[file] >= _ATTEMPTS:
-                        raise _lost(rank, file, error) from error
-                    self._replace(rank)
-                    waiting[rank].insert(0, file)
-                else:
-                    yield file, result
-                submit(rank)
+        for member, file, result in self._serve(call, tick, {}):
+            member.life.settled_bytes = member.life.facts.done_bytes if member.life.facts else 0
+            yield file, result
 
     def all_reduce(self, requests: Mapping[int, np.ndarray], tick: Tick) -> dict[int, np.ndarray]:
-        """Probe all shards; the actors add up their exact sums among themselves."""
-        last: Exception | None = None
-        for _ in range(_ATTEMPTS):
-            try:
-                self._join()
-                self._each("probe", [(requests, shard) for shard in self._shards], tick)
-                totals = self._each("reduce", [(requests,)] * len(self._actors), tick)
-                result: dict[int, np.ndarray] = totals[0]
-                return result
-            except RayError as error:
-                cause = _cause(error) if isinstance(error, RayTaskError) else None
-                if isinstance(cause, PipelineError):
-                    raise cause from error
-                last = error
-                self._regroup()
+        """Probe all files; the actors add up their exact sums among themselves.
+
+        What a worker has probed stays with it, so a reduction that fails is repeated from there: only the files of
+        those that were lost are probed again, by whoever owns them then.
+        """
+        files = self._schedule.files
+        self._schedule.begin(files)
+        self._crew.begin_pass()
+        self._crew.settle()
+        self._passes += 1
+        number, reference = self._passes, ray.put(dict(requests))
+        held: _Held = {}
+
+        def call(member: Member, file: int) -> Any:
+            return member.life.actor.probe.remote(number, reference, file)
+
+        for _ in range(ATTEMPTS):
+            for member, file, _result in self._serve(call, tick, held):
+                held.setdefault(member.number, []).append(file)
+            ranks = [member for member in self._crew.members if held.get(member.number)]
+            if not ranks:
+                return unpack(requests, pack(requests, {}))
+            total = self._meeting.total(self._crew, ranks, held, number, reference, lambda: self._look(held))
+            if total is not None:
+                return total
+            # Changes that came with the failure.
+            self._look(held)
         raise WorkerError(
-            Problem(what=f"the workers' reduction failed {_ATTEMPTS} times: {last}", remedy="look at the nodes' logs")
-        ) from last
+            Problem(
+                what=f"the workers' reduction failed {ATTEMPTS} times, at last by {self._meeting.trouble}",
+                where=f"{len(self._crew.members)} workers",
+                remedy="look at the nodes' logs and the network between them; the same command resumes",
+            )
+        )
 
     def usage(self) -> Usage:
         """Return what every actor has used, and the driver's memory."""
-        facts = ray.get([actor.facts.remote() for actor in self._actors])
-        peaks = {f"worker {rank}": fact["peak"] for rank, fact in enumerate(facts)}
-        return Usage(
-            peak_memory_bytes={"driver": peak_memory_bytes(), **peaks},
-            read_bytes=sum(fact["read"] for fact in facts),
-            reused_bytes=sum(fact["reused"] for fact in facts),
-        )
+        peaks, read, reused = self._crew.used()
+        workers = {f"worker {number}": peak for number, peak in peaks.items()}
+        return Usage(peak_memory_bytes={"driver": peak_memory_bytes(), **workers}, read_bytes=read, reused_bytes=reused)
+
+    def waiting(self) -> str:
+        """Return in words what it waits for beyond workers that run."""
+        return self._crew.text
+
+    def processes(self) -> dict[int, tuple[str, int]]:
+        """Return node address and process id of every worker that is up, for whoever must find it there."""
+        found = {member.number: member.life.facts for member in self._crew.members}
+        return {number: (facts.address, facts.process) for number, facts in found.items() if facts is not None}
+
+    def halt(self) -> None:
+        """Make the actors end what they run."""
+        if ray.is_initialized():
+            self._crew.stop(wait_s=_HALT_S)
 
     def close(self) -> None:
-        """End actors, placement and, if it was started here, Ray."""
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors = []
-        if self._placement is not None:
-            remove_placement_group(self._placement)
-            self._placement = None
-        self._store = None
-        if self._own:
+        """End actors and, if it was started here, Ray."""
+        self._crew.close()
+        self._meeting.close()
+        if self._own is not None:
+            self._own = None
             ray.shutdown()
-            self._own = False
 
-    def _connect(self, workers: int) -> None:
-        if ray.is_initialized():
-            return
-        self._own = True
-        inside = self._address or os.environ.get("RAY_ADDRESS")
-        resources: dict[str, Any] = {} if inside else {"num_cpus": workers, "include_dashboard": False}
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    def _connect(self, workers: int, memory_bytes: int) -> None:
+        """Reach the cluster; a Ray started here that is too small for the job is started again."""
+        if self._own is not None and (workers > self._own[0] or memory_bytes > self._own[1]):
+            self.close()
+        if ray_nodes.connect(self._address, workers=workers, memory_bytes=memory_bytes):
+            self._own = (workers, memory_bytes)
+
+    def _serve(self, call: Callable[[Member, int], Any], tick: Tick, held: _Held) -> Iterator[tuple[Member, int, Any]]:
+        """Run the pass's files on whoever is free, until all are done; yield worker, file and result."""
+        complete = False
         try:
-            ray.init(address=self._address, log_to_driver=False, logging_level="warning", **resources)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            self._own = False
-            raise WorkerError(
-                Problem(
-                    what=f"cannot connect to Ray: {error}",
-                    where=f"address {inside or 'local'}",
-                    remedy="start the cluster, or correct --address",
-                )
-            ) from error
+            while self._schedule.left:
+                self._look(held)
+                for member in self._crew.free():
+                    file = self._schedule.take(member.number)
+                    if file is None:
+                        break
+                    self._crew.assign(member, file, call(member, file))
+                for member, file, result in self._crew.wait():
+                    self._schedule.done(file)
+                    yield member, file, result
+                self._tell(tick)
+            complete = True
+        finally:
+            if not complete:
+                self.halt()
 
-    def _spawn(self, rank: int) -> Any:
-        strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=rank)
-        gpus = 0 if self._job is None or self._job.device == "cpu" else 1
-        options = {"num_cpus": 1, "num_gpus": gpus, "scheduling_strategy": strategy, "max_concurrency": 2}
-        return ray.remote(_Actor).options(**options).remote(self._job)
+    def _look(self, held: _Held) -> None:
+        """Look after the workers, and put back the files of those that were lost."""
+        for change in self._watch.look(lambda member: bool(held.get(member.number))):
+            self._apply(change, held)
+        self._watch.require_hope()
 
-    def _each(self, verb: str, arguments: Sequence[tuple[Any, ...]], tick: Tick) -> list[Any]:
-        """Run a verb on every actor at once and return the results by rank; raise the first failure when it happens."""
-        calls = [getattr(actor, verb).remote(*given) for actor, given in zip(self._actors, arguments, strict=True)]
-        pending = calls
-        while pending:
-            done, pending = ray.wait(pending, num_returns=1, timeout=_TICK_S)
-            ray.get(done)
-            tick(self._done_bytes())
-        results: list[Any] = ray.get(calls)
-        return results
-
-    def _replace(self, rank: int) -> None:
-        """Start a new actor in a lost one's place."""
-        ray.kill(self._actors[rank])
-        self._actors[rank] = self._spawn(rank)
-        self._joined = False
-        try:
-            ray.get(self._actors[rank].facts.remote(), timeout=_PLACEMENT_TIMEOUT_S)
-        except RayError as error:
-            raise WorkerError(
-                Problem(
-                    what=f"worker {rank} was lost, and none could be started in its place"
-                    f" within {_PLACEMENT_TIMEOUT_S} s: {error}",
-                    where=f"Ray cluster with {ray.cluster_resources()}",
-                    remedy="add a node, or ask for fewer --workers; the same command resumes",
-                )
-            ) from error
-
-    def _join(self) -> None:
-        """Make all actors ranks of one group, once per generation."""
-        if self._joined or len(self._actors) == 1:
+    def _apply(self, change: Change, held: _Held) -> None:
+        number = change.member.number
+        if change.kind == "back":
+            self._schedule.restore(number)
             return
-        host = ray.util.get_node_ip_address()
-        if self._store is None:
-            self._store = TCPStore(host, 0, None, True, wait_for_workers=False)
-        self._generation += 1
-        world = len(self._actors)
-        ray.get([
-            actor.join.remote(host, self._store.port, self._generation, rank, world)
-            for rank, actor in enumerate(self._actors)
-        ])  # fmt: skip
-        self._joined = True
+        self._schedule.put_back(held.pop(number, []))
+        if change.kind == "retired":
+            self._schedule.retire(number)
+        elif change.file is not None and change.counted:
+            self._schedule.lost(change.file, self._names[change.file], change.place)
+        elif change.file is not None:
+            self._schedule.put_back([change.file])
 
-    def _regroup(self) -> None:
-        """Replace the actors that no longer answer; the next reduction joins a new generation."""
-        self._joined = False
-        for rank, actor in enumerate(self._actors):
-            try:
-                ray.get(actor.facts.remote(), timeout=10)
-            except RayError:
-                self._replace(rank)
-
-    def _done_bytes(self) -> int:
-        """Return all actors' progress; one that does not answer now is asked again at the next tick."""
-        calls = [actor.facts.remote() for actor in self._actors]
-        done, _ = ray.wait(calls, num_returns=len(calls), timeout=_TICK_S)
-        total = 0
-        for call in done:
-            try:
-                total += ray.get(call)["done"]
-            except RayError:
-                continue
-        return total
-
-
-def _sum(group: Any, world: int, values: torch.Tensor) -> torch.Tensor:
-    """Return the sum of all ranks' integers, exact in any order."""
-    if world == 1:
-        return values
-    gathered = [[torch.empty_like(values) for _ in range(world)]]
-    group.allgather(gathered, [values]).wait()
-    return torch.stack(gathered[0]).sum(dim=0)
-
-
-def _limb_shape(coefficients: np.ndarray) -> tuple[int, int]:
-    """Return the shape of a probe's limbs for Q × N coefficients."""
-    rows, models = coefficients.shape
-    return rows * models + rows * rows, LIMBS
-
-
-def _cause(error: RayTaskError) -> BaseException:
-    """Return the exception that a worker raised, without Ray's wrapping."""
-    cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, BaseException) else error
-
-
-def _lost(rank: int, file: int, error: Exception) -> WorkerError:
-    return WorkerError(
-        Problem(
-            what=f"lost its worker {_ATTEMPTS} times: {error}",
-            where=f"output file {file}, worker {rank}",
-            remedy="look at the node's log; more --memory or fewer workers a node if it was killed for memory",
-        )
-    )
+    def _tell(self, tick: Tick) -> None:
+        """Tell the progress, which never falls: a lost worker's file begins anew."""
+        self._told_bytes = max(self._told_bytes, self._crew.progress())
+        tick(self._told_bytes)
