@@ -182,17 +182,7 @@ def project_memory(plan: Plan, *, budget_bytes: int, threads: int, remote_output
         **({"factors": 2 * factors} if factors else {}),
         **({"one request in flight": response} if remote else {}),
     }
-    smallest = sum(fixed.values()) + sum(one.values())
-    if smallest > budget_bytes:
-        raise BudgetError(
-            Problem(
-                what=f"a worker needs {format_bytes(smallest)}"
-                f" ({_listed({**fixed, **one})}),"
-                f" but may take {format_bytes(budget_bytes)}",
-                where=f"{len(plan.inputs)} checkpoints, chunks of {plan.chunk_elements} elements",
-                remedy=f"give at least --memory {-(-smallest // 1_000_000)}MB",
-            )
-        )
+    _require(plan, {**fixed, **one}, budget_bytes)
     # One chunk is read while the others are computed; more in flight than that only costs memory.
     room = budget_bytes - sum(fixed.values()) - factors - (response if remote else 0)
     window = min(threads + 1, room // (slot + work + factors))
@@ -203,24 +193,43 @@ def project_memory(plan: Plan, *, budget_bytes: int, threads: int, remote_output
     requests, ahead = _read_ahead(plan, budget_bytes - sum(used.values())) if remote else (0, 0)
     if remote:
         used |= {"requests in flight": requests * response, "read-ahead": ahead}
-    retained = max(0, budget_bytes - sum(used.values())) if plan.settings.measured else 0
+    retained, kept = _retention(plan, max(0, budget_bytes - sum(used.values()))) if plan.settings.measured else (0, 0)
+    return Memory(
+        terms={**used, "retained": retained},
+        threads=threads,
+        window=window,
+        retained_bytes=kept,
+        requests=requests,
+        # Factors that were read ahead lie beside the buffer that chunks are read into.
+        ahead_bytes=ahead // 2 if factors else ahead,
+    )
+
+
+def _require(plan: Plan, smallest: Mapping[str, int], budget_bytes: int) -> None:
+    """Raise when the least that a worker can do with does not fit."""
+    needed = sum(smallest.values())
+    if needed > budget_bytes:
+        raise BudgetError(
+            Problem(
+                what=f"a worker needs {format_bytes(needed)} ({_listed(smallest)}),"
+                f" but may take {format_bytes(budget_bytes)}",
+                where=f"{len(plan.inputs)} checkpoints, chunks of {plan.chunk_elements} elements",
+                remedy=f"give at least --memory {-(-needed // 1_000_000)}MB",
+            )
+        )
+
+
+def _retention(plan: Plan, room_bytes: int) -> tuple[int, int]:
+    """Return what keeping chunks for the second read takes of so much memory, and how many of their bytes it keeps."""
     everything = sum(kept_bytes(plan, index) for index in range(len(plan.tensors)))
     pieces = sum(
         len(plan.measured_chunks(index)) * len(kept_inputs(plan, index)) + 2 * len(tensor.updates)
         for index, tensor in enumerate(plan.tensors)
     )
-    retained = min(retained, everything + pieces * KEPT_OVERHEAD_BYTES)
     # Every kept piece costs its bytes and its overhead; the room that is handed out is for the bytes.
-    room = retained * everything // max(1, everything + pieces * KEPT_OVERHEAD_BYTES)
-    return Memory(
-        terms={**used, "retained": retained},
-        threads=threads,
-        window=window,
-        retained_bytes=room,
-        requests=requests,
-        # Factors that were read ahead lie beside the buffer that chunks are read into.
-        ahead_bytes=ahead // 2 if factors else ahead,
-    )
+    whole = everything + pieces * KEPT_OVERHEAD_BYTES
+    retained = min(room_bytes, whole)
+    return retained, retained * everything // max(1, whole)
 
 
 def _read_ahead(plan: Plan, room_bytes: int) -> tuple[int, int]:
