@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="seconds a part, small output files, one plan")
     parser.add_argument("--size", default="70B", choices=("70B", "8B"))
     parser.add_argument("--seconds", type=float, default=180, help="of every measuring run; default 180")
-    parser.add_argument("--threads", default="2,1", help="measuring runs, one for each number; default 2,1")
+    parser.add_argument("--threads", default="2", help="measuring runs, one for each number of the list; default 2")
     parser.add_argument("--memory", type=int, default=4_000_000_000, help="bytes of the worker; default 4e9")
     parser.add_argument("--file-size", default="5GB", help="of the output; default 5GB")
     parser.add_argument("--rounds", type=int, default=3, help="of planning; default 3")

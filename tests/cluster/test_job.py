@@ -92,3 +92,26 @@ def test_a_merge_is_counted_at_its_node(cluster: Cluster, bucket: Bucket, driver
     wait_until(is_counted, f"counters at the endpoint: {counted}")
     assert counted["read_bytes"] >= report["bytes_read"]
     assert counted["requests"] > len(report["files"])
+
+
+# Prints on how many nodes the workers of a job would start, what is left of the groups, and what is free after it.
+SPREAD = """
+import collections, json, ray
+from ray.util.placement_group import placement_group_table
+from pipeline.engine.executors.ray_nodes import Ask
+from pipeline.engine.executors.ray_spread import places
+ray.init("auto", logging_level="error")
+ask = Ask(memory_bytes=1 << 20, gpus=0)
+found = {workers: sorted(collections.Counter(places(ask, workers)).values()) for workers in (1, 2, 3, 4, 5)}
+left = sorted({group["state"] for group in placement_group_table().values()})
+print(json.dumps({"found": found, "left": left}))
+"""
+
+
+def test_a_jobs_workers_start_evenly_on_the_nodes_that_have_room_for_all(cluster: Cluster) -> None:
+    done = cluster.run("python", "-c", SPREAD)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    # Two nodes of two CPUs; the head has none.
+    assert answer["found"] == {"1": [], "2": [1, 1], "3": [1, 2], "4": [2, 2], "5": []}
+    assert answer["left"] == ["REMOVED"]

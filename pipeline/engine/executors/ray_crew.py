@@ -10,12 +10,13 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Literal
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from pipeline.engine.executors import ray_metrics, ray_nodes
+from pipeline.engine.executors import ray_metrics, ray_nodes, ray_spread
 from pipeline.engine.executors.ray_actor import Facts
 from pipeline.engine.executors.ray_books import Books
 from pipeline.engine.executors.ray_life import Life, Member, Patience, Task, actor_class, end, halt, question, spawn
@@ -94,8 +95,9 @@ class Crew:
                 end(member.life)
                 member.life, member.failures, member.retired = spawn(self._class, self.ask), 0, False
             member.life.begin(self._job_number, self._job, self._patience.start_s)
-        for number in range(len(self.members), workers):
-            life = spawn(self._class, self.ask)
+        numbers = range(len(self.members), workers)
+        for number, node in zip_longest(numbers, ray_spread.places(self.ask, len(numbers))):
+            life = spawn(self._class, self.ask, node or "")
             life.begin(self._job_number, self._job, self._patience.start_s)
             self.members.append(Member(number=number, life=life, ask=self.ask))
 

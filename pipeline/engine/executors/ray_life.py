@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.engine.executors.ray_actor import CONTROL, Facts, WorkerActor
 from pipeline.engine.executors.ray_nodes import Ask
@@ -165,14 +166,18 @@ def actor_class() -> Any:
     return ray.remote(concurrency_groups={CONTROL: 1})(WorkerActor)
 
 
-def spawn(remote: Any, ask: Ask) -> Life:
-    """Return a new actor of the class wherever the cluster has room.
+def spawn(remote: Any, ask: Ask, node: str = "") -> Life:
+    """Return a new actor of the class.
 
-    No placement group: it would keep a place for every worker that has moved away, and ask an autoscaler for a node to
-    put the empty place on. Actors are spread over nodes without it, and never put on one that is drained.
+    Args:
+        remote: The class.
+        ask: What it asks of its node.
+        node: The id of the node where it starts as long as that is there; "" takes any, spread, but none that is
+            drained.
     """
+    strategy = NodeAffinitySchedulingStrategy(node, soft=True) if node else "SPREAD"
     # Never restarted by Ray: the driver knows what the lost one had and must hand it out again.
-    return Life(actor=remote.options(scheduling_strategy="SPREAD", max_restarts=0, **ask.options).remote())
+    return Life(actor=remote.options(scheduling_strategy=strategy, max_restarts=0, **ask.options).remote())
 
 
 def question(life: Life) -> Any:

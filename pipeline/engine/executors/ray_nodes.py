@@ -30,6 +30,12 @@ class Ask:
         return self.memory_bytes >= other.memory_bytes and self.gpus == other.gpus
 
     @property
+    def bundle(self) -> dict[str, float]:
+        """What a placement group sets aside for a worker."""
+        asked = {"CPU": 1, "GPU": self.gpus, "memory": self.memory_bytes}
+        return {name: float(amount) for name, amount in asked.items() if amount}
+
+    @property
     def options(self) -> dict[str, Any]:
         """The actor's options."""
         return {"num_cpus": 1, "num_gpus": self.gpus, "memory": self.memory_bytes}
