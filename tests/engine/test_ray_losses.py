@@ -72,7 +72,7 @@ def log() -> Log:
 
 @pytest.fixture(scope="module")
 def executor(ray_cluster: str, log: Log) -> Iterator[RayExecutor]:
-    executor = RayExecutor(listener=log, patience=Patience(silence_s=6, tell_s=1, look_s=0))
+    executor = RayExecutor(listener=log, patience=Patience(begin_s=300, silence_s=6, tell_s=1, look_s=0))
     yield executor
     executor.close()
 
@@ -178,6 +178,22 @@ def test_a_job_that_no_node_has_room_for_says_so(ray_cluster: str, job: Job) -> 
     assert re.search(r"no worker is left; each asks for 1 CPU, 1\.15e\+03 PB memory", text)
     assert re.search(r"Ray cluster of 1 node with 5 CPU, .* memory, 0 GPU; free: ", text)
     assert "add nodes" in text
+
+
+def test_a_job_begins_with_the_workers_that_are_up(ray_cluster: str, job: Job) -> None:
+    log = Log()
+    executor = RayExecutor(listener=log, patience=Patience(begin_s=0, tell_s=0.1))
+    try:
+        # More than there are CPUs: without this the merge would wait for some to be free.
+        executor.start(job, assign(job.plan, 7))
+        up = len(executor.processes())
+        assert 1 <= up < 7
+        assert "begun without" in log.texts[-1]
+        assert totals(dict(executor.map("measure", files(job), ignore_progress))) == sums_without_losses(job)
+        assert np.array_equal(executor.all_reduce(REQUESTS, ignore_progress)[0], limbs_without_losses(job))
+        assert "not up for" in executor.waiting()
+    finally:
+        executor.close()
 
 
 def test_a_worker_that_dies_with_a_file_in_hand_loses_only_that(started: RayExecutor, job: Job, tmp_path: Path) -> None:
@@ -288,7 +304,7 @@ def test_a_rank_that_hangs_in_the_exchange_is_named_and_replaced(
 
 def test_without_room_the_merge_goes_on_with_fewer_down_to_one(ray_cluster: str, job: Job) -> None:
     log = Log()
-    executor = RayExecutor(listener=log, patience=Patience(replace_s=0.5, tell_s=1))
+    executor = RayExecutor(listener=log, patience=Patience(begin_s=300, replace_s=0.5, tell_s=1))
     wanted = limbs_without_losses(job)
     try:
         executor.start(job, assign(job.plan, 2))

@@ -7,6 +7,7 @@ all of them. The modules beside it that begin with ``ray`` are the only others t
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -53,6 +54,7 @@ class RayExecutor:
         self._listen = listener
         # What a Ray started here has room for: workers, and bytes each; None when it is not ours.
         self._own: tuple[int, int] | None = None
+        self._patience = patience
         self._crew = Crew(patience, listener)
         self._watch = Watch(self._crew, patience)
         self._meeting = Meeting(patience)
@@ -62,7 +64,7 @@ class RayExecutor:
         self._told_bytes = 0
 
     def start(self, job: Job, shards: Sequence[Sequence[int]]) -> None:
-        """Connect, and start or keep one actor a shard, spread over nodes; go on with those there is room for."""
+        """Connect, and start or keep one actor a shard, spread over nodes; begin with those that are up in time."""
         self._connect(len(shards), job.memory.total_bytes)
         gpus = 0 if job.device == "cpu" else ray.cluster_resources().get("GPU", 0)
         if job.device == "cuda" and not gpus:
@@ -76,7 +78,13 @@ class RayExecutor:
             if member.retired:
                 self._schedule.retire(member.number)
         told = False
+        begun_s = time.monotonic()
         while any(not member.ready and not member.retired for member in self._crew.members):
+            late = time.monotonic() - begun_s > self._patience.begin_s
+            if late and any(member.ready for member in self._crew.members):
+                # Their files may be done by others until they come up.
+                self._listen(Note(text=f"begun without {self._crew.text}"))
+                break
             for _ in self._crew.wait():
                 pass
             self._look({})

@@ -28,6 +28,7 @@ class Patience:
 
     Attributes:
         start_s: For room in the cluster and a fresh process, at the start of a job.
+        begin_s: The part of it that workers which are up wait for the others before they begin.
         replace_s: The same for one that takes a lost worker's place while the others go on.
         silence_s: For a sign of life of a worker.
         tell_s: Until what is waited for is told.
@@ -39,6 +40,8 @@ class Patience:
 
     # An autoscaler's new machine takes two to four minutes; importing torch on a busy one up to half a minute.
     start_s: float = 300
+    # Processes that have room are up some ten seconds after each other on a busy machine.
+    begin_s: float = 20
     # The others have its files meanwhile, so this only bounds how long nobody is told that the merge is smaller now.
     replace_s: float = 120
     # Questions have a thread of their own; a compiler or a machine that swaps may keep even that from running a while.
