@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pipeline.engine.claim import Claim
@@ -162,6 +163,8 @@ class _Batch:
     listener: Listener
     heading: dict[str, str]
     executor: Executor | None = None
+    # By base and models as recipes have them, where the last merge of them lies.
+    measured: dict[tuple[str | None, ...], str] = field(default_factory=dict)
     number: int = 0
     started: float = field(default_factory=time.perf_counter)
     began: str = field(default_factory=now)
@@ -254,8 +257,29 @@ class _Batch:
 
     def _merged(self, row: Row, watch: Watch, executor: Executor) -> dict[str, Any]:
         recipe_url, output_url = self.urls[row.recipe]
+        recipe, _ = load_recipe(recipe_url)
+        models = (recipe.base_model, *(entry.model for entry in recipe.models))
+        # What another recipe of this batch has measured of the same models is not measured again.
+        same = [self.measured[models]] if models in self.measured else []
+        report = self._merged_or_replaced(row, watch, executor, same)
+        self.measured[models] = output_url
+        return report
+
+    def _merged_or_replaced(
+        self, row: Row, watch: Watch, executor: Executor, same_models: Sequence[str]
+    ) -> dict[str, Any]:
+        recipe_url, output_url = self.urls[row.recipe]
+        run = partial(
+            merge,
+            recipe_url,
+            output_url,
+            resources=self.resources,
+            listener=watch,
+            executor=executor,
+            same_models=same_models,
+        )
         try:
-            return merge(recipe_url, output_url, resources=self.resources, listener=watch, executor=executor)
+            return run()
         except ClaimedError:
             raise
         except (OutputError, VerificationError):
@@ -263,9 +287,7 @@ class _Batch:
             if not (self.overwrite and self._holds_another(row, executor)):
                 raise
         self.listener(Note(text=f"{row.output} was merged from another recipe or other files, and is replaced"))
-        return merge(
-            recipe_url, output_url, resources=self.resources, overwrite=True, listener=watch, executor=executor
-        )
+        return run(overwrite=True)
 
     def _holds_another(self, row: Row, executor: Executor) -> bool:
         """Return whether a recipe's output holds a merge of ours that is not this recipe's, or a damaged plan."""

@@ -27,7 +27,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 # Every option of the command line; a test compares them with what click knows, so that none is added by accident.
 OPTIONS = (
     *("--executor", "--address", "--workers", "--memory", "--device", "--overwrite", "--json", "--progress"),
-    *("--older-than", "--dry-run"),
+    *("--older-than", "--dry-run", "--reuse"),
 )
 # What a shell reports of a process that a signal ended.
 _INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
@@ -101,6 +101,7 @@ def main() -> None:
 @click.argument("output")
 @_resources
 @click.option("--overwrite", is_flag=True, help="Start again: replace any merge or model in OUTPUT.")
+@click.option("--reuse", multiple=True, metavar="URL", help="An earlier merge of these models, to measure less.")
 @_progress
 @_json
 def merge(recipe: str, output: str, overwrite: bool, progress: str, as_json: bool, **options: Any) -> None:
@@ -109,7 +110,8 @@ def merge(recipe: str, output: str, overwrite: bool, progress: str, as_json: boo
     def body(listener: Listener) -> dict[str, Any]:
         from pipeline.merging import merge as run_merge
 
-        return run_merge(recipe, output, resources=_to_resources(options), overwrite=overwrite, listener=listener)
+        given = {"overwrite": overwrite, "reuse": options.pop("reuse"), "listener": listener}
+        return run_merge(recipe, output, resources=_to_resources(options), **given)
 
     report = _run_told(body, progress, resumes=not overwrite)
     from pipeline.reporting.text_view import report_view
@@ -268,13 +270,8 @@ def schema(as_json: bool) -> None:
 def _to_resources(options: dict[str, Any]) -> Any:
     from pipeline.merging import Resources
 
-    return Resources(
-        executor=options["executor"],
-        address=options["address"],
-        workers=options["workers"],
-        memory_bytes=options["memory"],
-        device=options["device"],
-    )
+    same = {name: options[name] for name in ("executor", "address", "workers", "device")}
+    return Resources(memory_bytes=options["memory"], **same)
 
 
 def _run_told(body: Callable[[Listener], dict[str, Any]], progress: str, *, resumes: bool = True) -> dict[str, Any]:
@@ -375,7 +372,7 @@ def _terminable() -> Iterator[Callable[[], None]]:
 def _start_logging(stream: TextIO, as_lines: bool) -> None:
     """Send what this package has to tell, and the warnings of others, to standard error."""
     handler: logging.Handler = logging.StreamHandler(stream)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     if as_lines:
         from pipeline.reporting.json_lines import JsonLogs
 

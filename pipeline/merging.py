@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from pipeline.engine.process import cores
 from pipeline.engine.progress import Progress
 from pipeline.engine.refusals import refuse_inputs
 from pipeline.engine.result_tables import save_tables
+from pipeline.engine.reuse import Earlier, refuse_useless, reuse_statistics
 from pipeline.engine.run_folder import REPORT, read_json
 from pipeline.engine.runs import newest_run
 from pipeline.engine.worker import Job
@@ -173,6 +174,8 @@ def merge(
     overwrite: bool = False,
     listener: Listener = ignore,
     executor: Executor | None = None,
+    reuse: Sequence[str] = (),
+    same_models: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Merge what a recipe says into a folder and return the report.
 
@@ -187,6 +190,9 @@ def merge(
         listener: Told what happens.
         executor: Runs the workers instead of one that `resources` names; it may have served other merges, and is left
             open for more.
+        reuse: Outputs of earlier merges of the same models, or of more of them: distances that are there are not
+            measured again.
+        same_models: The same, but only of merges whose models prove to be the same in the same order.
 
     Raises:
         PipelineError: Anything that stands in the way; nothing is committed then.
@@ -199,7 +205,12 @@ def merge(
             executor = opened.enter_context(
                 closing(create_executor(resources.executor, address=resources.address, listener=listener))
             )
-        return _merge(recipe, text, output, resources, executor, overwrite=overwrite, listener=listener)
+        earlier = [
+            Earlier(store=opened.enter_context(closing(open_output(recipe, url))), exact=not asked, asked=asked)
+            for asked, urls in ((True, reuse), (False, same_models))
+            for url in urls
+        ]
+        return _merge(recipe, text, output, resources, executor, earlier, overwrite=overwrite, listener=listener)
 
 
 def _merge(
@@ -208,11 +219,14 @@ def _merge(
     output: Store,
     resources: Resources,
     executor: Executor,
+    earlier: Sequence[Earlier],
     *,
     overwrite: bool,
     listener: Listener,
 ) -> dict[str, Any]:
     """Merge a recipe that was read into a folder that was opened."""
+    for folder in earlier:
+        refuse_useless(folder.store, output)
     planned = plan_merge(recipe, output, resources, probe=False, on_ray=executor.name == "ray")
     plan = planned.plan
     for note in (*plan.notes, *_idle(plan, planned.workers)):
@@ -227,6 +241,8 @@ def _merge(
             return _finished(output, listener)
         if overwrite and state is State.FRESH:
             claim.begun_anew()
+        taken = reuse_statistics(plan, output, earlier, listener)
+        planned = replace(planned, plan=replace(plan, notes=(*plan.notes, *taken)))
         job = Job(plan=plan, output_url=output.url, memory=planned.memory, device=resources.device)
         driver = Driver(
             plan=plan,

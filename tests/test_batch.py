@@ -88,6 +88,28 @@ def test_two_are_merged_and_one_is_reported(family: Family) -> None:
     assert [event.state for event in heard if isinstance(event, RecipeEnded)] == ["committed", "failed", "committed"]
 
 
+def test_the_same_models_are_measured_once(tmp_path: Path) -> None:
+    family = make_family(tmp_path, 3, shapes={"model.layers.0.mlp.weight": (1024, 1024)})
+    recipes, outputs = recipes_of(family, "a"), tmp_path / "outputs"
+    family.recipe(weights=[1, 2, 1]).rename(recipes / "b.yaml")
+    turned = replace(family, models=family.models[::-1])
+    turned.recipe().rename(recipes / "c.yaml")
+    heard: list[Event] = []
+    summary = batch(str(recipes), str(outputs), resources=LOCAL, listener=heard.append)
+    assert states(summary) == dict.fromkeys("abc", "committed")
+    measured = [merge["bytes_read"] > 3 * MODEL_BYTES for merge in summary["merges"]]
+    # The base is read to measure only. The models of the last are the same in another order: measured all the same.
+    assert measured == [True, False, True]
+    assert [text for text in notes(heard) if "not measured again" in text and str(outputs / "a") in text]
+    merge(str(recipes / "b.yaml"), str(tmp_path / "alone"), resources=LOCAL)
+    (weights,) = (outputs / "b").glob("*.safetensors")
+    assert weights.read_bytes() == (tmp_path / "alone" / weights.name).read_bytes()
+
+
+def notes(heard: Sequence[Event]) -> list[str]:
+    return [event.text for event in heard if isinstance(event, Note)]
+
+
 def test_the_summary_is_kept_beside_the_outputs(family: Family) -> None:
     recipes, outputs = recipes_of(family, "a", "broken"), family.root / "outputs"
     summary = batch(str(recipes), str(outputs), resources=LOCAL)

@@ -76,7 +76,7 @@ def test_the_options_are_frozen() -> None:
     assert found == set(OPTIONS)
     assert set(OPTIONS) == {
         "--executor", "--address", "--workers", "--memory", "--device", "--overwrite", "--json", "--progress",
-        "--older-than", "--dry-run",
+        "--older-than", "--dry-run", "--reuse",
     }  # fmt: skip
     assert sorted(main.commands) == COMMANDS
 

@@ -118,6 +118,8 @@ class Driver:
         self._listen = listener
         self._guard = guard
         self._started = False
+        # Files that are measured, solved and written in one go.
+        self._alone: frozenset[int] = frozenset()
         self._base_bytes = 0
         self._sums: dict[int, ExactSum] = {}
         self._outcome = Outcome(workers=workers, executor=executor.name)
@@ -161,15 +163,22 @@ class Driver:
         return self._executor
 
     def _measure(self) -> None:
-        """Measure the files that no earlier run has measured; fused ones wait for the writing pass."""
+        """Measure the files that nobody has measured; fused ones wait for the writing pass."""
         plan = self._plan
-        if self._saved_solutions() is not None:
+        saved = self._saved_solutions()
+        if saved is not None:
+            solved = {int(entry["group"]) for entry in saved["solutions"]}
+            self._alone = frozenset(
+                file for file, layout in enumerate(plan.files) if layout.fused and self._open_groups(file) - solved
+            )
             return
-        wanted = [file for file, layout in enumerate(plan.files) if not layout.fused]
         marked = finished(self._output, MEASURED, ".parquet")
-        names = [plan.files[file].name for file in wanted if plan.files[file].name in marked]
+        names = [layout.name for layout in plan.files if layout.name in marked]
         ours = at_once(self._output, lambda name: is_measured(self._output, name, plan.fingerprint), names)
         done = {name for name, own in zip(names, ours, strict=True) if own}
+        # A fused file that is measured before it is written had its distances taken from another merge.
+        wanted = [file for file, layout in enumerate(plan.files) if not layout.fused or layout.name in done]
+        self._alone = frozenset(range(len(plan.files))) - frozenset(wanted)
         missing = [file for file in wanted if plan.files[file].name not in done]
         for file in wanted:
             if file not in missing:
@@ -186,8 +195,8 @@ class Driver:
     def _solve(self) -> dict[int, Solution]:
         """Return the solutions of all groups that span files, from the run folder if they are there."""
         plan = self._plan
-        fused = {plan.tensors[t].group for layout in plan.files if layout.fused for t in layout.tensors}
-        wanted = [g for g, group in enumerate(plan.groups) if g not in fused and group.coefficients is None]
+        alone = set().union(*(self._open_groups(file) for file in self._alone))
+        wanted = [g for g, group in enumerate(plan.groups) if g not in alone and group.coefficients is None]
         saved = self._saved_solutions()
         if saved is not None:
             return {int(entry["group"]): solution_from_json(entry) for entry in saved["solutions"]}
@@ -268,7 +277,7 @@ class Driver:
             items[file] = ({group: solutions[group] for group in groups if group in solutions},)
         total = sum(
             sum(merged_bytes(plan, tensor) for tensor in plan.files[file].tensors)
-            + (self._measured_bytes(file) if plan.files[file].fused else 0)
+            + (self._measured_bytes(file) if file in self._alone else 0)
             for file in missing
         )
         with self._pass("write", total, len(missing)) as tick:
@@ -311,6 +320,12 @@ class Driver:
                         remedy="a bit was lost in memory or on the way; start again with --overwrite",
                     )
                 )
+
+    def _open_groups(self, file: int) -> set[int]:
+        """Return the groups of an output file that distances have a say in."""
+        plan = self._plan
+        groups = {plan.tensors[tensor].group for tensor in plan.files[file].tensors}
+        return {group for group in groups if group >= 0 and plan.groups[group].coefficients is None}
 
     def _measured_bytes(self, file: int) -> int:
         """Return the input bytes that measuring one output file's tensors reads."""
