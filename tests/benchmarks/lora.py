@@ -23,7 +23,6 @@ from rich.table import Table
 
 from tests.benchmarks.contest import Contestant, take, take_merge
 
-_START = (sys.executable, "-c", "import pipeline.merging, rich.console")
 _PAPER = {
     "per matrix, to an adapter": {"scope": "tensor", "output": "adapter"},
     "whole vector, to an adapter": {"scope": "model", "output": "adapter"},
@@ -102,7 +101,7 @@ def _merge(
         recipe = Path(scratch) / "recipe.yaml"
         recipe.write_text(json.dumps(document))  # JSON is YAML
         command = (sys.executable, "-m", "pipeline", "merge", "--executor", "local", *options, str(recipe))
-        program = Contestant(name=title, command=command, reads=0, start=_START)
+        program = Contestant(name=title, command=command)
         figures, report = take_merge(program, Path(scratch) / "out")
     if report is None:
         raise RuntimeError(f"{title}: the merge left no report")
