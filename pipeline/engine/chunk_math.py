@@ -1,28 +1,31 @@
 """One chunk through the kernels: bytes to points on a device, statistics or merged bytes back.
 
-Owns the translation between the plan's words and the kernels' arrays. Legend: P points, N models, E elements.
+Owns the translation between the plan's words and the kernels' arrays. Legend: P points, N models, E elements. Points
+are of the kernels' device: arrays on the CPU, tensors elsewhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from pipeline.engine.run_folder import ChunkRow, triangle
 from pipeline.engine.solutions import Solution
 from pipeline.engine.source import Loaded
 from pipeline.errors import CheckpointError, Problem, VerificationError
-from pipeline.numerics.dtypes import config_name, torch_dtype
-from pipeline.numerics.kernels import combine, non_finite_counts, pairwise_distances, probe, replace_non_finite
-from pipeline.numerics.low_rank import LowRank, dense_rows
+from pipeline.numerics.devices import Kernels
+from pipeline.numerics.dtypes import config_name
 from pipeline.planning.plan import Plan
 from pipeline.planning.traffic import dense_inputs, probed_points, written_points
 
+if TYPE_CHECKING:
+    from pipeline.numerics.low_rank.factors import LowRank
+
 # By input index, the updates of one tensor.
-Updates = Mapping[int, LowRank]
+Updates = Mapping[int, "LowRank"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +44,7 @@ class MergedChunk:
 
 
 def measure_chunk(
-    plan: Plan, loaded: Loaded, updates: Updates, checksums: tuple[int, ...], device: torch.device
+    plan: Plan, loaded: Loaded, updates: Updates, checksums: tuple[int, ...], kernels: Kernels
 ) -> tuple[ChunkRow, dict[int, int]]:
     """Return a chunk's statistics and, by input index, how many values are not finite.
 
@@ -51,11 +54,11 @@ def measure_chunk(
     count = len(plan.points)
     if plan.tensors[chunk.tensor].group < 0:
         return chunk_row(plan, chunk.tensor, chunk.start, np.zeros((count, count)), np.zeros(count), checksums), {}
-    points, _ = _points(plan, loaded, plan.points, updates, device)
-    result = pairwise_distances(points)
+    points, _ = _points(plan, loaded, plan.points, updates, kernels)
+    result = kernels.pairwise_distances(points)
     bad: dict[int, int] = {}
     if not np.isfinite(result.distances_PP).all():
-        bad = _not_finite_inputs(plan, loaded, plan.points, points)
+        bad = _not_finite_inputs(plan, loaded, plan.points, points, kernels)
         if not bad:
             remedy = "leave out the model that has values above 1e150"
             raise _overflow(plan, loaded, "a distance overflows float64", remedy)
@@ -94,16 +97,16 @@ def chunk_row(
 
 
 def probe_chunk(
-    plan: Plan, loaded: Loaded, updates: Updates, coefficients_QN: np.ndarray, device: torch.device
+    plan: Plan, loaded: Loaded, updates: Updates, coefficients_QN: np.ndarray, kernels: Kernels
 ) -> np.ndarray:
     """Return Q·N squared distances and Q·Q products of one chunk, in one row."""
-    points, _ = _points(plan, loaded, probed_points(plan), updates, device)
-    result = probe(points[len(points) - len(plan.models) :], coefficients_QN)
+    points, _ = _points(plan, loaded, probed_points(plan), updates, kernels)
+    result = kernels.probe(points[len(points) - len(plan.models) :], coefficients_QN)
     return np.concatenate([result.squared_distances_QP.ravel(), result.products_QQ.ravel()])
 
 
 def write_chunk(
-    plan: Plan, loaded: Loaded, updates: Updates, solution: Solution | None, device: torch.device
+    plan: Plan, loaded: Loaded, updates: Updates, solution: Solution | None, kernels: Kernels
 ) -> MergedChunk:
     """Return a merged chunk; one without a solution is copied from the donor.
 
@@ -119,20 +122,22 @@ def write_chunk(
     written = written_points(plan)
     skipped = len(plan.points) - len(written)
     if tensor.unchanged:
-        points, replaced = _points(plan, loaded, written[:1], updates, device)
-        result = combine(points, [float(np.sum(solution.factors))], torch_dtype(tensor.dtype))
+        points, replaced = _points(plan, loaded, written[:1], updates, kernels)
+        result = kernels.combine(points, [float(np.sum(solution.factors))], tensor.dtype)
         squared, replaced = result.squared_distances_P.tolist() * len(written), replaced * len(written)
     else:
-        points, replaced = _points(plan, loaded, written, updates, device)
-        result = combine(points, solution.factors[skipped:], torch_dtype(tensor.dtype))
+        points, replaced = _points(plan, loaded, written, updates, kernels)
+        result = kernels.combine(points, solution.factors[skipped:], tensor.dtype)
         squared = result.squared_distances_P.tolist()
-    refuse_non_finite(plan, loaded, result.squared_rounding, points)
+    refuse_non_finite(plan, loaded, result.squared_rounding, points, kernels)
     padding = (0.0,) * skipped
     sums = (*padding, *squared, result.squared_rounding, *padding, *replaced)
-    return MergedChunk(data=_bytes(result.values_E), sums=sums)
+    return MergedChunk(data=kernels.stored(result.values_E), sums=sums)
 
 
-def refuse_non_finite(plan: Plan, loaded: Loaded, squared_rounding: float, points: list[torch.Tensor]) -> None:
+def refuse_non_finite(
+    plan: Plan, loaded: Loaded, squared_rounding: float, points: Sequence[Any], kernels: Kernels
+) -> None:
     """Raise when a merged chunk is not finite.
 
     Args:
@@ -140,52 +145,49 @@ def refuse_non_finite(plan: Plan, loaded: Loaded, squared_rounding: float, point
         loaded: The chunk.
         squared_rounding: Of the merged values; not finite where one of them is not.
         points: What was combined: the written points, or what all of them have in common.
+        kernels: Of their device.
     """
     if np.isfinite(squared_rounding):
         return
     inputs = written_points(plan)
     if len(points) < len(inputs):
         inputs = dense_inputs(plan, loaded.chunk.tensor, inputs)
-    if bad := _not_finite_inputs(plan, loaded, inputs, points):
+    if bad := _not_finite_inputs(plan, loaded, inputs, points, kernels):
         raise _not_finite(plan, loaded, bad)
     what = f"a merged value overflows {config_name(plan.tensors[loaded.chunk.tensor].dtype)}"
     raise _overflow(plan, loaded, what, "choose a wider out_dtype, or a smaller scale")
 
 
 def _not_finite_inputs(
-    plan: Plan, loaded: Loaded, indices: Sequence[int], points: Sequence[torch.Tensor]
+    plan: Plan, loaded: Loaded, indices: Sequence[int], points: Sequence[Any], kernels: Kernels
 ) -> dict[int, int]:
     """Return, by the input that is to blame, how many values of a chunk are not finite.
 
     A point of an adapter is not finite because of what it stands on, or because the sum with its update overflows.
     """
     bad = {}
-    for index, number in zip(indices, non_finite_counts(points), strict=True):
+    for index, number in zip(indices, kernels.non_finite_counts(points), strict=True):
         held = plan.dense_input(loaded.chunk.tensor, index)
         if number and held != index:
-            whole = non_finite_counts([dense_values(plan, loaded, held, points[0].device)])[0]
+            whole = kernels.non_finite_counts([dense_values(plan, loaded, held, kernels)])[0]
             index, number = (held, whole) if whole else (index, number)
         if number:
             bad[index] = number
     return bad
 
 
-def dense_values(plan: Plan, loaded: Loaded, index: int, device: torch.device) -> torch.Tensor:
-    """Return what one input holds of a chunk, on the device, cast as the recipe says."""
+def dense_values(plan: Plan, loaded: Loaded, index: int, kernels: Kernels) -> Any:
+    """Return what one input holds of a chunk, on the kernels' device, cast as the recipe says."""
     source = plan.tensors[loaded.chunk.tensor].sources[index]
     if source is None:
         raise ValueError(f"input {index} does not hold the tensor")
-    values_E = torch.from_numpy(loaded.raw[index]).view(torch_dtype(source.dtype)).to(device)
-    return values_E.to(torch_dtype(plan.settings.cast)) if plan.settings.cast else values_E
-
-
-def _bytes(values_E: torch.Tensor) -> memoryview:
-    return values_E.cpu().view(torch.uint8).numpy().data
+    values_E = kernels.values(loaded.raw[index], source.dtype)
+    return kernels.cast(values_E, plan.settings.cast) if plan.settings.cast else values_E
 
 
 def _points(
-    plan: Plan, loaded: Loaded, indices: tuple[int, ...], updates: Updates, device: torch.device
-) -> tuple[list[torch.Tensor], list[float]]:
+    plan: Plan, loaded: Loaded, indices: tuple[int, ...], updates: Updates, kernels: Kernels
+) -> tuple[list[Any], list[float]]:
     """Return the values of a chunk by point, and how many of each were not finite and are the base's instead.
 
     A point of an adapter is the exact sum of the values it stands on and its update, in float64.
@@ -193,23 +195,23 @@ def _points(
     chunk = loaded.chunk
     columns = plan.tensors[chunk.tensor].columns
     dense = {
-        held: dense_values(plan, loaded, held, device)
+        held: dense_values(plan, loaded, held, kernels)
         for held in dict.fromkeys(plan.dense_input(chunk.tensor, index) for index in indices)
     }
     by_input = {}
     for index in dict.fromkeys(indices):
         values_E = dense[plan.dense_input(chunk.tensor, index)]
         if index in updates:
-            rows_RK = dense_rows(updates[index], chunk.start // columns, chunk.stop // columns)
-            values_E = rows_RK.flatten().add_(values_E)
+            rows = slice(chunk.start // columns, chunk.stop // columns)
+            values_E = kernels.updated(values_E, updates[index], rows)
         by_input[index] = values_E
     replaced = dict.fromkeys(by_input, 0.0)
     if plan.settings.non_finite == "base" and plan.base in by_input:
         base_E = by_input[plan.base]
         for index, values_E in by_input.items():
-            repaired_E = values_E if index == plan.base else replace_non_finite(values_E, base_E)
+            repaired_E = values_E if index == plan.base else kernels.replace_non_finite(values_E, base_E)
             if repaired_E is not values_E:
-                replaced[index] = float(non_finite_counts([values_E])[0])
+                replaced[index] = float(kernels.non_finite_counts([values_E])[0])
                 by_input[index] = repaired_E
     return [by_input[index] for index in indices], [replaced[index] for index in indices]
 

@@ -1,45 +1,57 @@
 """What one thread does with one chunk, or with the factors of one tensor: read, check, compute.
 
 Owns which bytes a chunk needs and which checks belong to which read. Knows nothing of order, groups' solutions or
-output files. Thread-safe.
+output files. Thread-safe. The arithmetic of factors, and torch with it, is imported where a tensor has some.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from pipeline.engine.chunk_math import (
     MergedChunk,
+    Updates,
     chunk_checksums,
     measure_chunk,
     non_finite_error,
     probe_chunk,
     write_chunk,
 )
-from pipeline.engine.factor_math import (
-    Prepared,
-    low_ranks,
-    measure_factors,
-    probe_factors,
-    write_factors,
-    write_panel,
-)
 from pipeline.engine.read_ahead import Need
 from pipeline.engine.read_checks import check_agreement, check_factor_sums, check_sums
 from pipeline.engine.run_folder import ChunkRow
 from pipeline.engine.solutions import Solution
 from pipeline.engine.source import ChunkSource, Loaded
-from pipeline.numerics.low_rank import LowRankCombination
+from pipeline.numerics.devices import kernels_of
 from pipeline.planning.grid import Chunk
 from pipeline.planning.plan import Plan
 from pipeline.planning.traffic import dense_inputs, factor_bytes, measured_inputs, merged_inputs, probed_points
 
+if TYPE_CHECKING:
+    from pipeline.numerics.low_rank.output import LowRankCombination
+
 # By tensor and start, the hashes (I, int64) of a chunk's first read.
 Checksums = Mapping[tuple[int, int], np.ndarray]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What the chunks of one tensor share: its updates, their checksums, and their combination.
+
+    Attributes:
+        checksums: By input index.
+        combination: Of a tensor whose points differ by updates alone; None for others.
+    """
+
+    updates: Updates
+    checksums: dict[int, int]
+    combination: LowRankCombination | None
+
 
 _NOTHING = Prepared(updates={}, checksums={}, combination=None)
 
@@ -50,13 +62,14 @@ class ChunkTasks:
     Args:
         plan: The plan.
         source: Where chunks and factors come from.
-        device: Where they are computed on.
+        device: Where they are computed on: "cpu", or torch's name of another device.
     """
 
-    def __init__(self, plan: Plan, source: ChunkSource, device: torch.device) -> None:
+    def __init__(self, plan: Plan, source: ChunkSource, device: str) -> None:
         self._plan = plan
         self._source = source
         self._device = device
+        self._kernels = kernels_of(device)
         self._lock = threading.Lock()
         self.done_bytes = 0
 
@@ -103,6 +116,8 @@ class ChunkTasks:
         if solution is None or not planned.factored or planned.merged_rank is not None:
             return prepared
         points = [prepared.updates.get(index) for index in self._plan.points]
+        from pipeline.numerics.low_rank.output import LowRankCombination
+
         combination = LowRankCombination(points, solution.factors)
         return Prepared(updates=prepared.updates, checksums=prepared.checksums, combination=combination)
 
@@ -110,6 +125,8 @@ class ChunkTasks:
         """Return a chunk's statistics and, by input index, how many values are not finite."""
         plan = self._plan
         if plan.tensors[chunk.tensor].factored:
+            from pipeline.engine.factor_math import measure_factors
+
             sums = chunk_checksums(plan, None, prepared.checksums)
             return measure_factors(plan, chunk.tensor, prepared.updates, sums), {}
         with self._source.lease(chunk, measured_inputs(plan, chunk.tensor), keep=True) as loaded:
@@ -142,10 +159,12 @@ class ChunkTasks:
         """Return Q·N squared distances and Q·Q products of one chunk, in one row."""
         plan = self._plan
         if plan.tensors[chunk.tensor].factored:
+            from pipeline.engine.factor_math import probe_factors
+
             return probe_factors(plan, prepared.updates, coefficients_QN)
         with self._source.lease(chunk, dense_inputs(plan, chunk.tensor, probed_points(plan)), keep=True) as loaded:
             self._advance(loaded.nbytes)
-            return probe_chunk(plan, loaded, prepared.updates, coefficients_QN, self._device)
+            return probe_chunk(plan, loaded, prepared.updates, coefficients_QN, self._kernels)
 
     def merge(
         self,
@@ -168,6 +187,8 @@ class ChunkTasks:
         plan = self._plan
         tensor = plan.tensors[chunk.tensor]
         if solution is not None and tensor.merged_rank is not None:
+            from pipeline.engine.factor_math import write_factors
+
             return write_factors(plan, chunk.tensor, prepared.updates, solution)
         with self._source.lease(chunk, merged_inputs(plan, chunk.tensor), drop=True) as loaded:
             if plan.settings.measured and tensor.shared is None:
@@ -228,17 +249,21 @@ class ChunkTasks:
         if self._plan.tensors[loaded.chunk.tensor].group < 0:
             check_agreement(self._plan, loaded)
         sums = chunk_checksums(self._plan, loaded, prepared.checksums)
-        row = measure_chunk(self._plan, loaded, prepared.updates, sums, self._device)
+        row = measure_chunk(self._plan, loaded, prepared.updates, sums, self._kernels)
         self._advance(loaded.nbytes)
         return row
 
     def _merged(self, loaded: Loaded, solution: Solution | None, prepared: Prepared) -> MergedChunk:
         self._advance(sum(loaded.raw[index].nbytes for index in merged_inputs(self._plan, loaded.chunk.tensor)))
         if prepared.combination is not None:
+            from pipeline.engine.factor_math import write_panel
+
             return write_panel(self._plan, loaded, prepared.combination, self._device)
-        return write_chunk(self._plan, loaded, prepared.updates, solution, self._device)
+        return write_chunk(self._plan, loaded, prepared.updates, solution, self._kernels)
 
     def _read(self, tensor: int, *, keep: bool = False, drop: bool = False) -> Prepared:
+        from pipeline.engine.factor_math import low_ranks
+
         loaded = self._source.factors(tensor, keep=keep, drop=drop)
         updates = low_ranks(self._plan, loaded, self._device)
         checksums = {index: loaded.checksum(index) for index in loaded.raw}

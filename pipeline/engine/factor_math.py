@@ -1,12 +1,10 @@
 """One tensor's factors through the kernels: distances from them, and what they add to the base or to one another.
 
-Owns the translation between the plan's words and the arithmetic of low-rank updates. Legend: P points, N models,
-M × K the tensor's matrix, R a rank.
+Owns the translation between the plan's words and the arithmetic of low-rank updates, which is torch on any device.
+Legend: P points, N models, M × K the tensor's matrix, R a rank.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,34 +14,17 @@ from pipeline.engine.run_folder import ChunkRow
 from pipeline.engine.solutions import Solution
 from pipeline.engine.source import Loaded, LoadedFactors
 from pipeline.errors import CheckpointError, Problem, VerificationError
-from pipeline.numerics.dtypes import config_name, round_once, torch_dtype
-from pipeline.numerics.kernels import non_finite_counts
-from pipeline.numerics.low_rank import (
-    LowRank,
-    LowRankCombination,
-    measured_factors,
-    merged_factors,
-    pairwise_low_rank,
-)
+from pipeline.numerics.dtypes import config_name
+from pipeline.numerics.low_rank.distances import pairwise_low_rank
+from pipeline.numerics.low_rank.factors import LowRank
+from pipeline.numerics.low_rank.output import LowRankCombination, measured_factors, merged_factors
+from pipeline.numerics.torch_dtypes import round_once, torch_dtype
+from pipeline.numerics.torch_kernels import TorchKernels, non_finite_counts
 from pipeline.planning.plan import Plan, TensorPlan, Update
 from pipeline.planning.traffic import written_points
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """What the chunks of one tensor share: its updates, their checksums, and their combination.
-
-    Attributes:
-        checksums: By input index.
-        combination: Of a tensor whose points differ by updates alone; None for others.
-    """
-
-    updates: Updates
-    checksums: dict[int, int]
-    combination: LowRankCombination | None
-
-
-def low_ranks(plan: Plan, loaded: LoadedFactors, device: torch.device) -> dict[int, LowRank]:
+def low_ranks(plan: Plan, loaded: LoadedFactors, device: str) -> dict[int, LowRank]:
     """Return a tensor's updates by input index.
 
     Raises:
@@ -133,7 +114,7 @@ def probe_factors(plan: Plan, updates: Updates, coefficients_QN: np.ndarray) -> 
     return np.concatenate([squared_QN.ravel(), products_QQ.ravel()])
 
 
-def write_panel(plan: Plan, loaded: Loaded, combination: LowRankCombination, device: torch.device) -> MergedChunk:
+def write_panel(plan: Plan, loaded: Loaded, combination: LowRankCombination, device: str) -> MergedChunk:
     """Return some rows of a tensor whose points differ by updates alone.
 
     Raises:
@@ -143,12 +124,13 @@ def write_panel(plan: Plan, loaded: Loaded, combination: LowRankCombination, dev
     chunk = loaded.chunk
     tensor = plan.tensors[chunk.tensor]
     (held,) = loaded.raw
-    base_E = dense_values(plan, loaded, held, device)
+    kernels = TorchKernels(device)
+    base_E = dense_values(plan, loaded, held, kernels)
     rows = slice(chunk.start // tensor.columns, chunk.stop // tensor.columns)
     result = combination.panel(base_E, rows, torch_dtype(tensor.dtype))
-    refuse_non_finite(plan, loaded, result.squared_rounding, [base_E])
+    refuse_non_finite(plan, loaded, result.squared_rounding, [base_E], kernels)
     return MergedChunk(
-        data=result.values_E.cpu().view(torch.uint8).numpy().data,
+        data=kernels.stored(result.values_E),
         sums=_sums(plan, result.squared_distances_P, result.squared_rounding),
     )
 

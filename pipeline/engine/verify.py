@@ -9,14 +9,15 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
+import numpy as np
 
 from pipeline.checkpoints.checkpoint import open_checkpoint
 from pipeline.checkpoints.header import TensorEntry, read_header
 from pipeline.engine.output import is_committed, missing_side_files
 from pipeline.engine.run_folder import PLAN, REPORT, read_json
 from pipeline.errors import OutputError, PipelineError, Problem, VerificationError
-from pipeline.numerics.dtypes import is_mergeable, torch_dtype
+from pipeline.numerics.dtypes import array_dtype, is_mergeable
+from pipeline.numerics.kernels import non_finite_counts
 from pipeline.storage import Store
 from pipeline.storage.options import NO_OPTIONS, StorageOptions
 
@@ -126,9 +127,7 @@ def _non_finite(output: Store, tensor: TensorEntry) -> int:
     """Return how many elements of a tensor are not finite."""
     count = 0
     for piece in _pieces(output, tensor.file, tensor.start, tensor.stop):
-        values = torch.frombuffer(bytearray(piece), dtype=torch_dtype(tensor.dtype))
-        values = values.to(torch.float32) if values.element_size() == 1 else values
-        count += int((~torch.isfinite(values)).sum())
+        count += non_finite_counts([np.frombuffer(piece, dtype=array_dtype(tensor.dtype))])[0]
     return count
 
 

@@ -15,11 +15,11 @@ from itertools import groupby
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 
 from pipeline.checkpoints.writer import SafetensorsWriter
 from pipeline.engine.chunk_math import MergedChunk, non_finite_error
 from pipeline.engine.chunk_tasks import Checksums, ChunkTasks
+from pipeline.engine.process import load_torch
 from pipeline.engine.read_ahead import Need
 from pipeline.engine.run_folder import ChunkRow, GroupSums, RowsWriter, load_checksums, square, write_json, written_path
 from pipeline.engine.solutions import Solution, solve_group
@@ -88,10 +88,12 @@ class ShardWorker:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._plan = job.plan
-        self._device = torch.device(job.device)
+        if any(tensor.updates for tensor in job.plan.tensors):
+            # Here, and not by the first thread that needs it: the setting of its products is of the importing thread.
+            load_torch()
         self._output = open_store(job.output_url, job.plan.storage.of(job.output_url))
         self._source = ChunkSource(job.plan, job.memory)
-        self._tasks = ChunkTasks(job.plan, self._source, self._device)
+        self._tasks = ChunkTasks(job.plan, self._source, job.device)
         self._pool = ThreadPoolExecutor(job.memory.window, thread_name_prefix="chunk")
         self._stopped = threading.Event()
 

@@ -1,200 +1,132 @@
 """The CPU's element loops, compiled: read a 16-bit element once, widen it in a register, keep blocks in the cache.
 
-Owns machine code for points of one dtype (bfloat16 as its bits, float32, float64). `kernels` decides when it is used
-and has the same arithmetic in torch for other devices. The loops run without the interpreter's lock. Sums are float64
-in an order that the number of elements fixes, on one kind of processor: the width of its vector registers decides how
-many partial sums a block has. Legend: P points, E elements, K elements of a block.
+Owns the loops' memory and their whole blocks; the loops themselves are `loop_code`'s, compiled when they are first
+needed for a dtype and a number of points. `kernels` decides when they are used. They run without the interpreter's
+lock. Every sum is taken in eight lanes by fused multiply-adds within a block of 256 elements, then over blocks, then
+over lanes: an order that the number of elements fixes, on every processor. Legend: P points, E elements, L lanes, R
+rows of lanes, Q pairs of points.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import ctypes
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from numba import carray, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic, overload
 
-# Elements of a block: a row of float64 differences is 4 KiB, so that those of ten models stay in the first-level cache.
-BLOCK = 512
-# Sums may be reassociated into vector lanes and products contracted; NaN, infinities and signed zeros keep their
-# meaning.
-_MATH = {"reassoc", "contract"}
+from pipeline.numerics.element_code import element_of
+from pipeline.numerics.loop_code import BLOCK, STRIP, combine_loop, gram_loop
+from pipeline.numerics.vector_text import LANES
+
+# A row of lanes is as long as a cache line, and begins with one.
+_ROW_BYTES = LANES * 8
 
 
-@intrinsic
-def _pointer(_: Any, address: Any) -> Any:
-    """Return an integer address as a pointer."""
-
-    def generate(__: Any, builder: Any, ___: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
-
-    return types.voidptr(address), generate
-
-
-def _bitcast(source: Any, target: Any) -> Any:
-    """Return an intrinsic that takes the bits of one scalar type as another."""
-
-    @intrinsic
-    def cast(_: Any, value: Any) -> Any:
-        def generate(context: Any, builder: Any, ___: Any, arguments: Any) -> Any:
-            return builder.bitcast(arguments[0], context.get_value_type(target))
-
-        return target(source), generate
-
-    return cast
-
-
-_float_of_bits = _bitcast(types.uint32, types.float32)
-_bits_of_float = _bitcast(types.float32, types.uint32)
-
-
-@intrinsic
-def _bfloat16_bits(_: Any, value: Any) -> Any:
-    """Return 16 bits in the upper half of 32, without the detour by 64 bits that a shift of NumPy scalars takes."""
-
-    def generate(context: Any, builder: Any, ___: Any, arguments: Any) -> Any:
-        wide = builder.zext(arguments[0], context.get_value_type(types.uint32))
-        return builder.shl(wide, wide.type(16))
-
-    return types.uint32(types.uint16), generate
-
-
-def _widen(value):
-    """Return an element as float64; uint16 holds the bits of a bfloat16."""
-    raise LookupError("only for compiled code")
-
-
-@overload(_widen, inline="always")
-def _widen_compiled(value):
-    if value == types.uint16:
-        return lambda value: np.float64(_float_of_bits(_bfloat16_bits(value)))
-    return lambda value: np.float64(value)
-
-
-def _round(value, kind):
-    """Return a float64 rounded once to nearest even in the dtype of the array `kind`."""
-    raise LookupError("only for compiled code")
-
-
-@overload(_round, inline="always")
-def _round_compiled(value, kind):
-    if kind.dtype == types.float64:
-        return lambda value, kind: value
-    if kind.dtype == types.float32:
-        return lambda value, kind: np.float32(value)
-
-    def to_bfloat16(value, kind):
-        # Round to odd in float32 first, so that the second rounding sees on which side of a tie the value lies.
-        single = np.float32(value)
-        back = np.float64(single)
-        bits = _bits_of_float(single)
-        if back != value and np.isfinite(value):
-            if abs(back) > abs(value):
-                bits -= np.uint32(1)
-            bits |= np.uint32(1)
-        if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
-            return np.uint16((bits >> np.uint32(16)) | np.uint32(0x40))
-        return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
-
-    return to_bfloat16
-
-
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=_MATH)
-def gram(addresses_P: Any, kind: Any, elements: int, reference: int, gram_PP: Any, unchanged_P: Any) -> None:
+def gram(
+    addresses_P: np.ndarray,
+    kind: np.ndarray,
+    elements: int,
+    reference: int,
+    gram_PP: np.ndarray,
+    unchanged_P: np.ndarray,
+) -> None:
     """Add a chunk's products of differences from one point, and its counts of equal elements.
 
     Args:
         addresses_P: int64, where each point's first element lies.
-        kind: An array of the points' dtype; only its type matters.
+        kind: An array of the points' dtype, bfloat16 or its bits as uint16; only its type matters.
         elements: E.
-        reference: The point that is subtracted.
+        reference: The point that is subtracted. Its own differences, all zero, are left out of the products.
         gram_PP: float64, added to in its upper triangle.
         unchanged_P: int64, added to.
     """
-    points = len(addresses_P)
-    differences_PK = np.empty((points, BLOCK))
-    reference_K = np.empty(BLOCK)
-    for start in range(0, elements, BLOCK):
-        size = min(BLOCK, elements - start)
-        source = carray(_pointer(addresses_P[reference]), elements, kind.dtype)[start : start + size]
-        for k in range(size):
-            reference_K[k] = _widen(source[k])
-        for p in range(points):
-            source = carray(_pointer(addresses_P[p]), elements, kind.dtype)[start : start + size]
-            row_K = differences_PK[p]
-            equal = 0
-            for k in range(size):
-                row_K[k] = _widen(source[k]) - reference_K[k]
-                equal += row_K[k] == 0.0
-            row_K[size:] = 0.0
-            unchanged_P[p] += equal
-        # Two rows against two: each loaded value serves two products.
-        for i in range(0, points, 2):
-            i1 = min(i + 1, points - 1)
-            for j in range(i, points, 2):
-                j1 = min(j + 1, points - 1)
-                a_K, b_K, c_K, d_K = differences_PK[i], differences_PK[i1], differences_PK[j], differences_PK[j1]
-                ac = ad = bc = bd = 0.0
-                for k in range(BLOCK):
-                    ac += a_K[k] * c_K[k]
-                    ad += a_K[k] * d_K[k]
-                    bc += b_K[k] * c_K[k]
-                    bd += b_K[k] * d_K[k]
-                gram_PP[i, j] += ac
-                if j1 > j:
-                    gram_PP[i, j1] += ad
-                if i1 > i and j > i:
-                    gram_PP[i1, j] += bc
-                if i1 > i and j1 > j:
-                    gram_PP[i1, j1] += bd
+    unchanged_P[reference] += elements
+    others = [point for point in range(len(addresses_P)) if point != reference]
+    count = len(others)
+    if not count:
+        return
+    loop, first_Q, second_Q = gram_loop(element_of(kind.dtype), count)
+    pairs = len(first_Q)
+    address, rows_RL = _memory(pairs + count + count * (BLOCK // LANES))
+    equal_address = address + pairs * _ROW_BYTES
+    differences_address = equal_address + count * _ROW_BYTES
+    for starts, covered in _blocks(addresses_P, kind, elements):
+        sources = _pointers([starts[point] for point in others])
+        loop(sources, starts[reference], covered, differences_address, address, equal_address)
+    others_N, sums_R = np.array(others), rows_RL[: pairs + count].sum(axis=1)
+    gram_PP[others_N[first_Q], others_N[second_Q]] += sums_R[:pairs]
+    # What fills up the last block is equal everywhere.
+    unchanged_P[others_N] += sums_R[pairs:].astype(np.int64) - (-elements % BLOCK)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=_MATH)
 def combine(
-    addresses_P: Any, kind: Any, factors_P: Any, anchor: int, anchor_factor: float, values_E: Any, squared_P: Any
+    addresses_P: np.ndarray,
+    kind: np.ndarray,
+    factors_P: np.ndarray,
+    anchor: int,
+    anchor_factor: float,
+    values_E: np.ndarray,
+    squared_P: np.ndarray,
 ) -> float:
     """Write x_r·f + Σ c_p (x_p − x_r), rounded once, and return the squared distance to its exact values.
 
     Args:
         addresses_P: int64, where each point's first element lies.
-        kind: An array of the points' dtype; only its type matters.
+        kind: An array of the points' dtype, bfloat16 or its bits as uint16; only its type matters.
         factors_P: float64 c.
         anchor: r.
         anchor_factor: f.
-        values_E: The output: bits of bfloat16 as uint16, float32 or float64.
+        values_E: The output, contiguous: bfloat16 or its bits as uint16, float16, float32 or float64.
         squared_P: float64, added to: squared distances from what is written to the points.
     """
-    elements, points = len(values_E), len(addresses_P)
-    differences_PK = np.empty((points, BLOCK))
-    anchor_K, shift_K, offset_K = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
-    rounding = 0.0
-    for start in range(0, elements, BLOCK):
-        size = min(BLOCK, elements - start)
-        source = carray(_pointer(addresses_P[anchor]), elements, kind.dtype)[start : start + size]
-        for k in range(size):
-            anchor_K[k] = _widen(source[k])
-            shift_K[k] = 0.0
-        for p in range(points):
-            source = carray(_pointer(addresses_P[p]), elements, kind.dtype)[start : start + size]
-            row_K, factor = differences_PK[p], factors_P[p]
-            for k in range(size):
-                row_K[k] = _widen(source[k]) - anchor_K[k]
-                shift_K[k] += factor * row_K[k]
-        target = values_E[start : start + size]
-        for k in range(size):
-            scaled = anchor_factor * anchor_K[k]
-            # A shift of zero must not turn -0.0 into 0.0.
-            exact = scaled if shift_K[k] == 0.0 else scaled + shift_K[k]
-            target[k] = _round(exact, values_E)
-            written = _widen(target[k])
-            offset_K[k] = written - anchor_K[k]
-            rounding += (written - exact) * (written - exact)
-        for p in range(points):
-            row_K = differences_PK[p]
-            total = 0.0
-            for k in range(size):
-                distance = row_K[k] - offset_K[k]
-                total += distance * distance
-            squared_P[p] += total
-    return rounding
+    points, elements = len(addresses_P), len(values_E)
+    loop = combine_loop(element_of(kind.dtype), element_of(values_E.dtype))
+    # The loop takes the anchor first and at least one other: alone, it stands beside itself.
+    order = [anchor, *(point for point in range(points) if point != anchor)] if points > 1 else [anchor, anchor]
+    count = len(order)
+    factors = factors_P.tolist()
+    shares = (ctypes.c_double * count)(*(factors[point] for point in order))
+    address, rows_RL = _memory(count + 1 + count + count * (STRIP // LANES))
+    block_address = address + (count + 1) * _ROW_BYTES
+    strips_address = block_address + count * _ROW_BYTES
+    done = 0
+    for starts, covered in _blocks(addresses_P, kind, elements):
+        fits = done + covered <= elements
+        target_K = values_E[done:] if fits else np.empty(covered, dtype=values_E.dtype)
+        sources = _pointers([starts[point] for point in order])
+        target = target_K.ctypes.data
+        loop(sources, shares, count, covered, anchor_factor, target, block_address, address, strips_address)
+        if not fits:
+            values_E[done:] = target_K[: elements - done]
+        done += covered
+    sums_P = rows_RL[: count + 1].sum(axis=1)
+    squared_P[order[:points]] += sums_P[:points]
+    return float(sums_P[count])
+
+
+def _blocks(addresses_P: np.ndarray, kind: np.ndarray, elements: int) -> Iterator[tuple[list[int], int]]:
+    """Yield addresses (P) and how many elements lie there: all full blocks, then the rest followed by zeros."""
+    addresses = addresses_P.tolist()
+    rest = elements % BLOCK
+    if elements > rest:
+        yield addresses, elements - rest
+    if rest:
+        skipped_bytes, rest_bytes, block_bytes = (size * kind.itemsize for size in (elements - rest, rest, BLOCK))
+        filled, _rows_RL = _memory(len(addresses) * block_bytes // _ROW_BYTES)
+        starts = [filled + point * block_bytes for point in range(len(addresses))]
+        for start, address in zip(starts, addresses, strict=True):
+            ctypes.memmove(start, address + skipped_bytes, rest_bytes)
+        yield starts, BLOCK
+
+
+def _memory(rows: int) -> tuple[int, np.ndarray]:
+    """Return rows of lanes (R, L), float64 zeros that begin with a cache line, and their address before them."""
+    memory = (ctypes.c_double * ((rows + 1) * LANES))()
+    address = ctypes.addressof(memory)
+    skipped_bytes = -address % _ROW_BYTES
+    rows_RL = np.frombuffer(memoryview(memory), count=rows * LANES, offset=skipped_bytes)
+    return address + skipped_bytes, rows_RL.reshape(rows, LANES)
+
+
+def _pointers(addresses: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(addresses))(*addresses)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from pipeline.numerics.low_rank import LowRank
+from pipeline.numerics.low_rank.factors import LowRank
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.numerics.low_rank import LowRank, distances_to, factors, pairwise_low_rank
+from pipeline.numerics.low_rank import factors
+from pipeline.numerics.low_rank.distances import distances_to, pairwise_low_rank
+from pipeline.numerics.low_rank.factors import LowRank
 from tests.numerics.low_rank_cases import (
     DTYPES,
     assert_close,

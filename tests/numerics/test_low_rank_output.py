@@ -12,21 +12,13 @@ from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.numerics import kernels
-from pipeline.numerics.dtypes import round_once
-from pipeline.numerics.low_rank import (
-    LowRank,
-    LowRankCombination,
-    dense_rows,
-    distances_to,
-    factors,
-    low_rank_work_bytes,
-    measured_factors,
-    merged_factors,
-    merged_factors_bytes,
-    pairwise_low_rank,
-    truncated_rank,
-)
+from pipeline.numerics import torch_kernels
+from pipeline.numerics.kernels import Combined
+from pipeline.numerics.low_rank import factors, low_rank_work_bytes, merged_factors_bytes, sizes, truncated_rank
+from pipeline.numerics.low_rank.distances import distances_to, pairwise_low_rank
+from pipeline.numerics.low_rank.factors import LowRank, dense_rows
+from pipeline.numerics.low_rank.output import LowRankCombination, measured_factors, merged_factors
+from pipeline.numerics.torch_dtypes import round_once
 from tests.numerics.low_rank_cases import DTYPES, assert_close, dense, dense_squares, families, family, update
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,7 +40,7 @@ def shape_of(updates: Sequence[LowRank | None]) -> tuple[int, int]:
 
 def check_panel(
     updates: Sequence[LowRank | None], weights: Sequence[float], base_E: torch.Tensor, dtype: torch.dtype
-) -> kernels.Combined:
+) -> Combined:
     """The whole matrix as one panel, against the kernel on points in full."""
     rows, columns = shape_of(updates)
     found = LowRankCombination(updates, weights).panel(base_E, slice(0, rows), dtype)
@@ -91,7 +83,7 @@ def test_a_combination_agrees_with_the_kernel_on_the_points(weight: float) -> No
     weights = [weight, weight, weight, 1 - 3 * weight]
     found = LowRankCombination(updates, weights).panel(base_E, slice(0, 40), torch.float32)
     points = [base_E.double() + torch.from_numpy(full).view(-1) for full in dense(updates, 40, 30)]
-    wanted = kernels.combine(points, weights, torch.float32)
+    wanted = torch_kernels.combine(points, weights, torch.float32)
     assert torch.equal(found.values_E, wanted.values_E)
     assert_close(found.squared_distances_P, wanted.squared_distances_P)
     assert found.squared_rounding == pytest.approx(wanted.squared_rounding, rel=1e-6)
@@ -112,8 +104,8 @@ def test_panels_are_rows_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = check_panel(updates, weights, base_E, torch.float32)
     # Small panels, so that every loop goes round.
     monkeypatch.setattr(factors, "PANEL_RANKS", 7)
-    monkeypatch.setattr(factors, "_PART_ROWS", 3)
-    monkeypatch.setattr(factors, "_PART_ELEMENTS", 70)
+    monkeypatch.setattr(sizes, "_PART_ROWS", 3)
+    monkeypatch.setattr(sizes, "_PART_ELEMENTS", 70)
     monkeypatch.setattr(factors.spans, "__defaults__", (8,))
     check_panel(updates, weights, base_E, torch.float32)
     combination = LowRankCombination(updates, weights)

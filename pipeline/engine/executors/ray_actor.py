@@ -1,7 +1,7 @@
 """What runs in a worker's process on a Ray cluster: a `ShardWorker`, its counters, and its rank in a reduction.
 
-Owns the actor's class and the collective. Knows nothing of other actors' files, of placement or of replacement. Calls
-to `facts` and `stop` go to the concurrency group `CONTROL`, so they are answered while a verb runs.
+Owns the actor's class. Knows nothing of other actors' files, of placement or of replacement. Calls to `facts` and
+`stop` go to the concurrency group `CONTROL`, so they are answered while a verb runs.
 """
 
 from __future__ import annotations
@@ -9,13 +9,10 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import ray
-import torch
-from torch.distributed import AllreduceOptions, PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 
 from pipeline.engine.executors.limbs import Requests, add_limbs, pack, unpack
 from pipeline.engine.process import peak_memory_bytes, pick_device, raise_descriptor_limit, single_threaded_products
@@ -55,8 +52,9 @@ class WorkerActor:
     """A `ShardWorker` in a process of its own; one verb at a time, with a second thread for questions meanwhile."""
 
     def __init__(self) -> None:
-        # The process is the actor's for life, so the setting is not put back.
-        single_threaded_products().__enter__()
+        # The process is the actor's for life, so the setting is not put back; forgetting it would.
+        self._products = single_threaded_products()
+        self._products.__enter__()
         raise_descriptor_limit()
         self._node = ray.get_runtime_context().get_node_id()
         self._address = ray.util.get_node_ip_address()
@@ -68,12 +66,14 @@ class WorkerActor:
         self._group: Any = None
         self._generation = 0
         self._ranks = (0, 1)
-        self._exchange = AllreduceOptions()
 
     def begin(self, number: int, job: Job) -> Facts:
         """Take a job instead of the one before; jobs are numbered by the executor."""
         if self._worker is not None:
             self._worker.close()
+        if job.plan.settings.measured and job.plan.settings.distances == "stream":
+            # Imports torch, which nobody should have to wait for in a reduction.
+            from pipeline.engine.executors import ray_group  # noqa: F401
         self._job_number = number
         self._covered, self._sums = set(), {}
         self._worker = ShardWorker(dataclasses.replace(job, device=pick_device(job.device, 0)))
@@ -106,17 +106,10 @@ class WorkerActor:
         """
         self._group = None
         host, port, generation = place
-        join_s, reduce_s = (timedelta(seconds=limit_s) for limit_s in limits_s)
         if world > 1:
-            options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-            options._timeout = join_s
-            # Bound to Ray's own address of the node: gloo would take the host name's, which is often 127.0.1.1.
-            # Lazily, a rank connects to its neighbours in the ring alone: 32 ms of the store's time for 64 ranks in
-            # place of 260, and growing with their number instead of its square.
-            options._devices = [ProcessGroupGloo.create_device(hostname=self._address, lazy_init=True)]
-            store = TCPStore(host, port, None, False, join_s)
-            self._group = ProcessGroupGloo(PrefixStore(f"generation-{generation}", store), rank, world, options)
-        self._exchange.timeout = reduce_s
+            from pipeline.engine.executors.ray_group import Rank
+
+            self._group = Rank(host, port, generation, (rank, world), address=self._address, limits_s=limits_s)
         self._generation, self._ranks = generation, (rank, world)
 
     def reduce(
@@ -142,12 +135,7 @@ class WorkerActor:
         flat = pack(requests, self._sums)
         if world > 1:
             try:
-                # A ring over integers: their sum is exact in any order, so the algorithm leaves no trace, and each rank
-                # moves twice its own sums however many ranks there are. Gathering everybody's at every rank moved
-                # world − 1 times as much: with 9 MB a rank on one machine 43, 164 and 1152 ms for 2, 3 and 5 ranks,
-                # where this takes 21, 28 and 62 ms.
-                total = torch.from_numpy(flat)
-                self._group.allreduce([total], self._exchange).wait()
+                self._group.add_up(flat)
             except RuntimeError:
                 # Dropped at once: the closed connections wake the other ranks, which would wait for the timeout.
                 self._group = None

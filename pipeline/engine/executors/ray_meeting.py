@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import ray
 from ray.exceptions import RayError, RayTaskError
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from pipeline.engine.executors.ray_crew import TICK_S, Crew, cause, first_line
 from pipeline.engine.executors.ray_life import Life, Member, Patience, listed, question
@@ -87,6 +86,9 @@ class Meeting:
             return False
         host = ray.util.get_node_ip_address()
         if self._store is None:
+            # Most merges add up nothing, and need no torch.
+            from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
             self._store = TCPStore(host, 0, None, True, wait_for_workers=False)
         self._generation += 1
         limits_s = (self._patience.join_s, self._patience.reduce_s)

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.numerics.dtypes import round_once
 from pipeline.numerics.kernels import CANCELLATION, Combined, total_factor
 from pipeline.numerics.low_rank.distances import distances_to, pair_distance
-from pipeline.numerics.low_rank.factors import LowRank, Stack, dense_rows, part_rows, spans, truncated_rank
+from pipeline.numerics.low_rank.factors import LowRank, Stack, dense_rows, spans
+from pipeline.numerics.low_rank.sizes import part_rows, truncated_rank
+from pipeline.numerics.torch_dtypes import round_once
 
 # The square of float64's unit roundoff.
 _ROUNDED_SQUARE = 2.0**-106
