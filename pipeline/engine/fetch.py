@@ -149,7 +149,7 @@ def _requests(wants: Sequence[Want]) -> list[tuple[Span, list[Want]]]:
 
 
 def _read_span(span: Span, wants: Sequence[Want]) -> None:
-    """Read a span by one request and copy its parts to where they belong."""
+    """Read a span by one request, each part into where it belongs."""
     first = wants[0]
     if len(wants) == 1 or first.store.is_local:
         # Nothing to gain from one read of several ranges on a disk.
@@ -158,7 +158,24 @@ def _read_span(span: Span, wants: Sequence[Want]) -> None:
             part = want.buffer[start - want.start : stop - want.start]
             want.store.read_into(want.path, start, part.data)
         return
-    data = np.frombuffer(first.store.read(first.path, span.start, span.stop), dtype=np.uint8)
+    buffers: list[memoryview] = []
+    end = span.start
+    for want in wants:
+        start, stop = max(span.start, want.start), min(span.stop, want.stop)
+        if start < end:
+            # Two want the same bytes: one of them gets a copy.
+            _read_and_copy(span, wants)
+            return
+        if start > end:
+            buffers.append(np.empty(start - end, dtype=np.uint8).data)
+        buffers.append(want.buffer[start - want.start : stop - want.start].data)
+        end = stop
+    first.store.read_into(first.path, span.start, *buffers)
+
+
+def _read_and_copy(span: Span, wants: Sequence[Want]) -> None:
+    """Read a span whole and copy its parts to where they belong."""
+    data = np.frombuffer(wants[0].store.read(wants[0].path, span.start, span.stop), dtype=np.uint8)
     for want in wants:
         start, stop = max(span.start, want.start), min(span.stop, want.stop)
         want.buffer[start - want.start : stop - want.start] = data[start - span.start : stop - span.start]

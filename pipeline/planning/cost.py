@@ -19,13 +19,15 @@ class Rates:
 
     Attributes:
         measure: Input bytes read, checked and reduced.
-        write: Input bytes read and combined in the writing pass.
+        write: Input bytes read again and combined in the writing pass, its output written.
         source: Where the numbers come from: "given" or "measured".
+        start_s: Seconds that go by before the first chunk, whatever the size; 0 when they are not known.
     """
 
     measure: float
     write: float
     source: str
+    start_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +36,7 @@ class Cost:
 
     Attributes:
         passes: How often the inputs are read; not whole when part of them is kept in memory.
-        seconds: By phase; empty when no rate is known.
+        seconds: By phase, "start" only where it is known; empty when no rate is known.
     """
 
     measure_bytes: int
@@ -69,6 +71,8 @@ def project_cost(plan: Plan, memory: Memory, *, workers: int, rates: Rates | Non
     reread_bytes = second + copied - kept + (0 if plan.settings.measured else aliases)
     seconds: dict[str, float] = {}
     if rates is not None:
+        if rates.start_s:
+            seconds["start"] = rates.start_s
         if plan.settings.measured:
             seconds["measure"] = measure_bytes / rates.measure
         seconds["write"] = second / rates.write

@@ -5,17 +5,19 @@ Owns who plays which part: base, models, what adapters stand on. Legend: I input
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from pipeline.checkpoints.adapter import is_adapter, open_adapter
 from pipeline.checkpoints.checkpoint import open_checkpoint
-from pipeline.errors import CheckpointError, PipelineError, Problem, RecipeError
+from pipeline.errors import CheckpointError, PipelineError, Problem, RecipeError, StorageError
 from pipeline.planning.adapters import Member
 from pipeline.recipe import Recipe
 from pipeline.recipe.references import join_model, model_key, split_model, without_credentials
+from pipeline.storage import MissingObject, UrlError, checked_url
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -25,6 +27,7 @@ _Parts = tuple[str, str | None]
 
 # Folders opened at a time: enough to hide the latency of an object store, few for a disk.
 _OPENED_AT_ONCE = 8
+_ADDRESS = re.compile(r"https?://[^\s\"']+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +58,13 @@ def open_sources(recipe: Recipe) -> Sources:
     """Open every checkpoint and adapter that a recipe names, headers only, each once.
 
     Raises:
-        RecipeError: An adapter has no base model to stand on.
+        RecipeError: A model's URL cannot mean a place, or an adapter has no base model to stand on.
         CheckpointError: What is wrong with any of them, all together.
         StorageError: None of the errors was about the content.
     """
     names = [recipe.base_model] if recipe.base_model is not None else []
     names += [entry.model for entry in recipe.models if entry.model not in names]
+    _refuse_urls(names)
     references = _references(recipe, names)
     # Checkpoints first found first, adapters after them: the first input is always a checkpoint.
     order: list[_Parts] = list(dict.fromkeys((path, None) for path, _ in references.values()))
@@ -84,6 +88,21 @@ def open_sources(recipe: Recipe) -> Sources:
         base=base,
         models=tuple(models),
     )
+
+
+def _refuse_urls(names: Sequence[str]) -> None:
+    """Raise for URLs that cannot mean a place, all together, before any is asked."""
+    problems = []
+    for name in names:
+        for url in split_model(name):
+            try:
+                if url is not None:
+                    checked_url(url, user=False)
+            except UrlError as error:
+                problems += [replace(problem, where=f"model {problem.where}") for problem in error.problems]
+    if problems:
+        # A base that every adapter names is one mistake.
+        raise RecipeError(*dict.fromkeys(problems))
 
 
 def _references(recipe: Recipe, names: list[str]) -> dict[str, _Parts]:
@@ -177,6 +196,25 @@ def _all(items: Sequence[S], task: Callable[[S], T]) -> list[T]:
         results = list(pool.map(attempt, items))
     errors = [result for result in results if isinstance(result, PipelineError)]
     if errors:
-        problems = [problem for error in errors for problem in error.problems]
+        problems = _joined(errors)
         raise (type(errors[0]) if len({type(error) for error in errors}) == 1 else CheckpointError)(*problems)
     return [result for result in results if not isinstance(result, PipelineError)]
+
+
+def _joined(errors: Sequence[PipelineError]) -> list[Problem]:
+    """Return all problems in order; what is wrong with a store, and not with one model in it, once for all models."""
+    found: dict[object, list[Problem]] = {}
+    for error in errors:
+        common = isinstance(error, StorageError) and not isinstance(error, MissingObject)
+        for problem in error.problems:
+            # The address of a request is in some texts.
+            cause = (type(error), _ADDRESS.sub("", problem.what), problem.remedy)
+            found.setdefault(cause if common else (cause, problem.where, len(found)), []).append(problem)
+    return [_for_all(problems) for problems in found.values()]
+
+
+def _for_all(problems: Sequence[Problem]) -> Problem:
+    """Return the first of equal problems, which says how many others there are."""
+    others = len({problem.where for problem in problems}) - 1
+    first = problems[0]
+    return replace(first, where=f"{first.where} and {others} more") if others else first

@@ -9,6 +9,7 @@ from pipeline.storage.counting import Counters, counters
 from pipeline.storage.opening import join_url, open_store, split_url
 from pipeline.storage.options import NO_OPTIONS, StorageOptions, check_storage_options
 from pipeline.storage.redaction import redacted, shown_url
+from pipeline.storage.urls import UrlError, checked_url, is_writable, place_of
 
 __all__ = [
     "NO_OPTIONS",
@@ -19,11 +20,15 @@ __all__ = [
     "ObjectWriter",
     "StorageOptions",
     "Store",
+    "UrlError",
     "check_storage_options",
+    "checked_url",
     "counters",
     "is_path",
+    "is_writable",
     "join_url",
     "open_store",
+    "place_of",
     "redacted",
     "shown_url",
     "split_url",

@@ -128,8 +128,8 @@ class Store(Protocol):
             StorageError: The range goes beyond the end, or the backend failed.
         """
 
-    def read_into(self, path: str, start: int, buffer: memoryview) -> None:
-        """Fill a whole writable buffer with the bytes from `start` on; raises as `read` does."""
+    def read_into(self, path: str, start: int, *buffers: memoryview) -> None:
+        """Fill whole writable buffers with the bytes from `start` on, one behind the other; raises as `read` does."""
 
     def write(self, path: str, data: bytes) -> None:
         """Put an object in one step: visible whole or not at all."""

@@ -136,18 +136,20 @@ class LocalStore:
         self.read_into(path, start, memoryview(buffer))
         return bytes(buffer)
 
-    def read_into(self, path: str, start: int, buffer: memoryview) -> None:
+    def read_into(self, path: str, start: int, *buffers: memoryview) -> None:
         """See `Store`."""
         checked_range(path, start, None)
         full = self._full(path)
         with translated(full, "read"), self._files.use(full) as descriptor:
-            target, done = flat(buffer), 0
-            while done < len(target):
-                got_bytes = os.preadv(descriptor, [target[done : done + _READ_BYTES]], start + done)
-                count(requests=1, read_bytes=got_bytes)
-                if not got_bytes:
-                    raise short_read(full, start, len(target), done)
-                done += got_bytes
+            for buffer in buffers:
+                target, done = flat(buffer), 0
+                while done < len(target):
+                    got_bytes = os.preadv(descriptor, [target[done : done + _READ_BYTES]], start + done)
+                    count(requests=1, read_bytes=got_bytes)
+                    if not got_bytes:
+                        raise short_read(full, start, len(target), done)
+                    done += got_bytes
+                start += done
 
     def write(self, path: str, data: bytes) -> None:
         """See `Store`; on disk when it returns."""

@@ -1,7 +1,7 @@
 """Files of this machine that appear whole.
 
-Owns temporary names, durability (fsync) and the step that publishes: rename, or link where nobody may have the name.
-Must not know stores.
+Owns temporary names, durability (early write-back, fsync) and the step that publishes: rename, or link where nobody may
+have the name. Must not know stores.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ from pipeline.errors import Problem, StorageError
 from pipeline.storage.base import temporary_name
 from pipeline.storage.counting import count
 from pipeline.storage.local_errors import translated
+from pipeline.storage.page_cache import start_write_back
 
 _log = logging.getLogger(__name__)
 
 # One write moves at most 2 GiB less a page; 1 GiB keeps clear of it and of signed 32-bit counts in filesystems.
 _WRITE_BYTES = 1 << 30
+# Bytes after which the disk is told to begin: of a file of 0.8 GB then 0.02 s of fsync are left instead of 0.4. Telling
+# it four times as often changed nothing.
+_WRITE_BACK_BYTES = 32 << 20
 # How filesystems without hard links answer: FAT, some network and user-space ones.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
@@ -38,6 +42,7 @@ class LocalWriter:
         self._target = target
         self._temporary = temporary_name(target)
         self._state = "open"
+        self._written_bytes = self._begun_bytes = 0
         with translated(target, "write"):
             _make_folders(Path(target).parent)
             # Mode 0666 less the umask, as any program's new file: others may have to read the model.
@@ -53,6 +58,10 @@ class LocalWriter:
                 done = os.write(self._descriptor, rest[:_WRITE_BYTES])
                 count(requests=1, written_bytes=done)
                 rest = rest[done:]
+                self._written_bytes += done
+            if self._written_bytes - self._begun_bytes >= _WRITE_BACK_BYTES:
+                start_write_back(self._descriptor, self._begun_bytes, self._written_bytes)
+                self._begun_bytes = self._written_bytes
 
     def commit(self) -> None:
         """See `ObjectWriter`; data and name are on disk when it returns."""

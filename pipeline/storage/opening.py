@@ -8,15 +8,10 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
-from pipeline.errors import Problem, StorageError
 from pipeline.storage.base import Store
 from pipeline.storage.local import LocalStore
-
-# "s3://", and fsspec's chains such as "simplecache::s3://".
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)(::|://)")
+from pipeline.storage.urls import checked_url, file_path
 
 _HTTP = re.compile(r"https?://", re.IGNORECASE)
 
@@ -29,15 +24,13 @@ def open_store(url: str, options: Mapping[str, object] | None = None) -> Store:
         options: What fsspec's filesystem takes beside the URL, `region` for S3 too; without meaning for a folder.
 
     Raises:
-        StorageError: The URL is empty, its scheme unknown, or the backend's package is not installed.
+        UrlError: The URL cannot mean a place.
+        StorageError: Its scheme is unknown, or the backend's package is not installed.
     """
-    if not url.strip():
-        raise StorageError(Problem(what="the URL is empty", remedy="give a folder or a URL such as s3://bucket/prefix"))
-    scheme = _SCHEME.match(url)
-    if scheme is None:
-        return LocalStore(Path(url).expanduser())
-    if scheme[1].lower() == "file" and scheme[2] == "://":
-        return LocalStore(_file_path(url))
+    url = checked_url(url)
+    path = file_path(url)
+    if path is not None:
+        return LocalStore(path)
     # Imported here: fsspec and its backends take long to load and a local run needs none of it.
     from pipeline.storage.remote import FsspecStore
 
@@ -45,8 +38,12 @@ def open_store(url: str, options: Mapping[str, object] | None = None) -> Store:
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """Return folder and name of an object; the query of an HTTP URL stays with the folder, as `open_store` takes it."""
-    base, query = _query_apart(url)
+    """Return folder and name of an object; the query of an HTTP URL stays with the folder, as `open_store` takes it.
+
+    Raises:
+        UrlError: The URL cannot mean a place; cutting it would hide that.
+    """
+    base, query = _query_apart(checked_url(url))
     folder, name = posixpath.split(base)
     return (folder or ".") + query, name
 
@@ -61,12 +58,3 @@ def _query_apart(url: str) -> tuple[str, str]:
     """Return what comes before "?" and the rest; elsewhere than on HTTP a question mark is part of a name."""
     base, mark, query = url.partition("?") if _HTTP.match(url) else (url, "", "")
     return base, mark + query
-
-
-def _file_path(url: str) -> Path:
-    """Return the path of a file: URL, which may name this host only."""
-    parts = urlsplit(url.replace("?", "%3F").replace("#", "%23"))
-    if parts.netloc not in ("", "localhost"):
-        problem = Problem(what=f"names the host {parts.netloc!r}", where=url, remedy="write file:///absolute/path")
-        raise StorageError(problem)
-    return Path(unquote(parts.path))

@@ -12,6 +12,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from pipeline.storage.s3_options import s3_faults
+from pipeline.storage.urls import UrlError, checked_url
+
 # A path to the wrong place, what is wrong there, and what to do.
 _Fault = tuple[tuple[str, ...], str, str]
 
@@ -37,12 +40,8 @@ _SCHEME_VALUE = re.compile(r"\s*(basic|bearer)\s", re.IGNORECASE)
 # Names of public things that sound like credentials.
 _HARMLESS = frozenset({"SSEKMSKeyId", "BucketKeyEnabled", "signature_version"})
 _NO_CREDENTIALS = "use environment variables, a profile or the instance's role"
-_S3_TYPES: Mapping[str, tuple[type, str]] = {
-    "endpoint_url": (str, "a URL such as https://storage.example"),
-    "region": (str, "a region's name"),
-    "profile": (str, "a profile's name"),
-    "anon": (bool, "true or false"),
-}
+# What fsspec's filesystems take from programs, and cannot be written in a recipe.
+_OF_PROGRAMS = frozenset({"asynchronous", "loop", "session"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +98,10 @@ def check_storage_options(raw: object) -> Iterator[_Fault]:
             yield (key,), "is no mapping", "write options below it, such as endpoint_url: ..."
             continue
         yield from _option_faults((key,), options)
+        for name in sorted(_OF_PROGRAMS & options.keys()):
+            yield (key, name), "is for programs, and has no meaning in a recipe", "leave it out"
         if key.partition(":")[0].lower() in ("s3", "s3a"):
-            yield from _s3_faults(key, options)
+            yield from (((key, *place), what, remedy) for place, what, remedy in s3_faults(options))
 
 
 def _canonical(key: str) -> str:
@@ -116,12 +117,20 @@ def _key_faults(key: object) -> Iterator[_Fault]:
     place = (str(key).partition("?")[0],)
     if match is not None and "@" in match[2].partition("/")[0]:
         yield (f"{match[1]}://...",), "may hold a credential: it is a URL with a user", _NO_CREDENTIALS
+    elif key == "":
+        yield ("''",), "is neither a scheme nor a URL prefix", "write s3 or s3://bucket/prefix"
     elif match is None and not (isinstance(key, str) and _SCHEME.fullmatch(key)):
         yield place, "is neither a scheme nor a URL prefix", "write s3 or s3://bucket/prefix"
     elif str(key).partition(":")[0].lower() in ("file", "local"):
         yield place, "options have no meaning for folders", "leave it out"
     elif match is not None and "?" in match[2]:
         yield place, "a query has no meaning here", "leave out '?...'"
+    elif match is not None and match[2]:
+        try:
+            checked_url(str(key))
+        except UrlError as error:
+            # No URL that this could hold for is ever opened.
+            yield from (((problem.where,), problem.what, problem.remedy) for problem in error.problems)
 
 
 def _option_faults(place: tuple[str, ...], options: Mapping[object, object]) -> Iterator[_Fault]:
@@ -149,18 +158,6 @@ def _value_faults(place: tuple[str, ...], value: object) -> Iterator[_Fault]:
             yield place, "may be a credential, which no recipe and no plan may hold", _NO_CREDENTIALS
     elif value is not None and not isinstance(value, bool | int | float):
         yield place, f"is a {type(value).__name__}", "write text, a number, true, false, a list or a mapping"
-
-
-def _s3_faults(key: str, options: Mapping[object, object]) -> Iterator[_Fault]:
-    for name, (kind, words) in _S3_TYPES.items():
-        value = options.get(name)
-        if value is not None and (not isinstance(value, kind) or value == ""):
-            yield (key, name), f"is not {words}", f"write {words}"
-    endpoint = options.get("endpoint_url")
-    if isinstance(endpoint, str) and endpoint and not re.match(r"https?://[^/]", endpoint):
-        yield (key, "endpoint_url"), "is no http or https URL", "write https://host or https://host:port"
-    if options.get("anon") is True and options.get("profile") is not None:
-        yield (key, "anon"), "anonymous access takes no profile", "leave out one of anon and profile"
 
 
 def _sounds_like_a_credential(name: str) -> bool:

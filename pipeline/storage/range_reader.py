@@ -7,6 +7,8 @@ a word, some cut it elsewhere, and some send everything. Must not know how reads
 from __future__ import annotations
 
 import errno
+import time
+from collections.abc import Callable, Sequence
 
 from pipeline.storage.backend import Backend
 from pipeline.storage.base import short_read
@@ -47,23 +49,63 @@ class RangeReader:
             MissingObject: There is no object.
             StorageError: The range goes beyond the end, or the backend failed.
         """
+        full, data = self._backend.full(path), b""
+
+        def request(seconds: float) -> int:
+            nonlocal data
+            data = self._ranged(full, start, wanted_bytes, seconds)
+            return len(data)
+
+        self._whole(path, start, wanted_bytes, request)
+        return data
+
+    def read_into(self, path: str, start: int, buffers: Sequence[memoryview]) -> None:
+        """Fill buffers with a range, one behind the other.
+
+        Args:
+            path: The object.
+            start: Its first byte.
+            buffers: Writable bytes (format B), more than none.
+
+        Raises:
+            MissingObject: There is no object.
+            StorageError: The range goes beyond the end, or the backend failed.
+        """
+        full, wanted_bytes = self._backend.full(path), sum(map(len, buffers))
+        direct = self._backend.direct
+
+        def request(seconds: float) -> int:
+            nonlocal direct
+            end_s = time.monotonic() + seconds
+            got_bytes = direct.read_into(full, start, buffers, seconds) if direct is not None else None
+            if got_bytes is not None:
+                return got_bytes
+            # What failed there once is not worth another try before it works here.
+            direct = None
+            data = self._ranged(full, start, wanted_bytes, max(end_s - time.monotonic(), 1e-3))
+            _spread(data, buffers)
+            return len(data)
+
+        self._whole(path, start, wanted_bytes, request)
+
+    def _whole(self, path: str, start: int, wanted_bytes: int, request: Callable[[float], int]) -> None:
+        """Repeat a request until it has brought as many bytes as are wanted; it returns how many it did."""
         full, short = self._backend.full(path), 0
 
-        def request(seconds: float) -> bytes:
+        def attempt(seconds: float) -> int:
             nonlocal short
-            data = self._ranged(full, start, wanted_bytes, seconds)
-            if 0 < len(data) < wanted_bytes and self._has(full, start + wanted_bytes, seconds):
+            got_bytes = request(seconds)
+            if 0 < got_bytes < wanted_bytes and self._has(full, start + wanted_bytes, seconds):
                 short += 1
                 if short < _SHORT_REPLIES:
-                    raise OSError(errno.EIO, f"wanted {wanted_bytes} bytes from offset {start}, got {len(data)}")
-            return data
+                    raise OSError(errno.EIO, f"wanted {wanted_bytes} bytes from offset {start}, got {got_bytes}")
+            return got_bytes
 
-        data = self._backend.attempt("read", path, request)
-        if len(data) != wanted_bytes:
+        got_bytes = self._backend.attempt("read", path, attempt)
+        if got_bytes != wanted_bytes:
             remedy = "the server sends less than it says it has: ask who runs it" if short else None
-            raise short_read(self._backend.location(path), start, wanted_bytes, len(data), remedy)
+            raise short_read(self._backend.location(path), start, wanted_bytes, got_bytes, remedy)
         count(read_bytes=wanted_bytes)
-        return data
 
     def read_all(self, path: str) -> bytes:
         """Return a whole object by one request without a range: all its bytes are of one version, however long it is.
@@ -115,3 +157,12 @@ class RangeReader:
         """Return whether an object goes at least so far."""
         size = self._backend.call("info", full, seconds=seconds).get("size")
         return isinstance(size, int) and size >= stop
+
+
+def _spread(data: bytes, buffers: Sequence[memoryview]) -> None:
+    """Copy bytes into buffers, as far as they go."""
+    done = 0
+    for buffer in buffers:
+        part = memoryview(data)[done : done + len(buffer)]
+        buffer[: len(part)] = part
+        done += len(part)

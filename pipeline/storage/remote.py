@@ -6,9 +6,10 @@ called to do; nor local folders.
 
 from __future__ import annotations
 
+import errno
 import logging
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from urllib.parse import unquote
 
@@ -96,7 +97,8 @@ class FsspecStore:
             if info.get("type") == "directory":
                 raise IsADirectoryError(full)
             if not isinstance(info.get("size"), int):
-                raise OSError(f"{self.location(path)}: the server does not tell the size")
+                # A fault that lasts, by its number.
+                raise OSError(errno.EINVAL, "the server does not tell the size")
             version = next((info[field] for field in _VERSION_FIELDS if info.get(field)), None)
             version = str(self._backend.fs.ukey(full)) if version is None else f"{version}-{info['size']}"
             return ObjectStat(size_bytes=info["size"], version=version)
@@ -186,13 +188,12 @@ class FsspecStore:
         self.read_into(path, start, memoryview(buffer))
         return bytes(buffer)
 
-    def read_into(self, path: str, start: int, buffer: memoryview) -> None:
+    def read_into(self, path: str, start: int, *buffers: memoryview) -> None:
         """See `Store`."""
         checked_range(path, start, None)
-        target = buffer.cast("B") if buffer.nbytes else memoryview(b"")
-        for done in range(0, len(target), _REQUEST_BYTES):
-            count = min(_REQUEST_BYTES, len(target) - done)
-            target[done : done + count] = self._ranges.read(path, start + done, count)
+        for request in _requests([buffer.cast("B") for buffer in buffers if buffer.nbytes]):
+            self._ranges.read_into(path, start, request)
+            start += sum(map(len, request))
 
     def write(self, path: str, data: bytes) -> None:
         """See `Store`."""
@@ -265,7 +266,25 @@ class FsspecStore:
         probe(self)
 
     def close(self) -> None:
-        """See `Store`; connections belong to fsspec, which shares and closes them."""
+        """See `Store`; other connections belong to fsspec, which shares and closes them."""
+        if self._backend.direct is not None:
+            self._backend.direct.close()
+
+
+def _requests(buffers: Iterable[memoryview]) -> Iterator[list[memoryview]]:
+    """Yield the pieces of buffers that are filled together, in their order."""
+    request: list[memoryview] = []
+    room = _REQUEST_BYTES
+    for buffer in buffers:
+        rest = buffer
+        while rest:
+            request.append(rest[:room])
+            rest, room = rest[room:], room - len(request[-1])
+            if not room:
+                yield request
+                request, room = [], _REQUEST_BYTES
+    if request:
+        yield request
 
 
 def _no_index(where: str) -> Problem:

@@ -47,20 +47,33 @@ _BEYOND_END = 416
 _REFUSALS = frozenset(range(400, 500)) - {408, 425, 429}
 # What only another configuration mends, by the names of the classes.
 _PERMANENT_NAMES = frozenset(
+    {"GoogleAuthError", "NoCredentialsError", "OfflineModeIsEnabled", "SSOTokenLoadError", "UnauthorizedSSOTokenError"}
+)
+# The same, where it is the user who must write something else: options, environment, profile or URL.
+_MISTAKE_NAMES = frozenset(
     {
+        "ConfigNotFound",
         "ConfigParseError",
-        "GoogleAuthError",
+        "EndpointResolutionError",
+        "InfiniteLoopConfigError",
+        "InvalidConfigError",
+        "InvalidDefaultsMode",
+        "InvalidMaxRetryAttemptsError",
+        "InvalidProxiesConfigError",
         "InvalidRegionError",
-        "NoCredentialsError",
+        "InvalidRetryConfigurationError",
+        "InvalidRetryModeError",
+        "InvalidS3AddressingStyleError",
+        "InvalidS3UsEast1RegionalEndpointConfigError",
         "NoRegionError",
-        "OfflineModeIsEnabled",
         "ParamValidationError",
         "PartialCredentialsError",
         "ProfileNotFound",
-        "SSOTokenLoadError",
-        "UnauthorizedSSOTokenError",
+        "UnknownSignatureVersionError",
     }
 )
+# What lies behind an HTTP client's failure that no network has caused: values of wrong types, certificates' files.
+_CAUSED_BY_VALUES = (TypeError, ValueError, FileNotFoundError)
 # What botocore and aiohttp call a server that is not there, or went away, where that is no ConnectionError.
 _OUTAGES = frozenset(
     {
@@ -94,7 +107,21 @@ def is_permanent(error: BaseException) -> bool:
     if code_of(error) in _DAMAGED:
         return False
     refused = getattr(error, "status", None) in _REFUSALS or getattr(error, "errno", None) == errno.EINVAL
-    return refused or isinstance(error, _PERMANENT) or type(error).__name__ in _PERMANENT_NAMES
+    named = type(error).__name__ in _PERMANENT_NAMES | _MISTAKE_NAMES
+    return refused or named or isinstance(error, _PERMANENT)
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Return whether only other options, another environment or another URL mend an error of a store.
+
+    Args:
+        error: Of a request to a store that has not answered before: one that has may cause such errors itself.
+    """
+    name = type(error).__name__
+    if name == "HTTPClientError":
+        behind = error.__cause__ or error.__context__
+        return isinstance(behind, _CAUSED_BY_VALUES) or type(behind).__name__ in _MISTAKE_NAMES
+    return name in _MISTAKE_NAMES or code_of(error) == "InvalidBucketName"
 
 
 def is_outage(error: BaseException) -> bool:
@@ -149,13 +176,20 @@ class RetryPolicy:
     # A store that was restarted is back within such times.
     longest_pause_s: float = 8.0
 
-    def run(self, request: Callable[[float], _Result], *, known: bool = False) -> _Result:
+    def run(
+        self,
+        request: Callable[[float], _Result],
+        *,
+        known: bool = False,
+        repeats: Callable[[BaseException], None] = lambda _: None,
+    ) -> _Result:
         """Return what the request returns, tried until it succeeds, fails for good, or time is up.
 
         Args:
             request: Called with the seconds it may take.
             known: The store has answered before: while it cannot be reached it is waited for until the deadline,
                 however many attempts that takes. A wrong address is not.
+            repeats: Told each error after which another attempt follows.
 
         Raises:
             BaseException: The last attempt's error, one of `backend_errors()`.
@@ -172,7 +206,9 @@ class RetryPolicy:
                 # Workers that failed together must not come back together.
                 pause_s *= random.uniform(0.5, 1.0)
                 failures += not (known and is_outage(error))
-                if failures >= self.attempts or is_permanent(error) or time.monotonic() + pause_s >= end:
+                lasting = is_permanent(error) or (not known and is_mistake(error))
+                if failures >= self.attempts or lasting or time.monotonic() + pause_s >= end:
                     raise
+                repeats(error)
                 _log.debug("attempt %d failed with %s, again in %.2f s", attempt, type(error).__name__, pause_s)
             time.sleep(pause_s)

@@ -1,18 +1,23 @@
 """What S3 can do beyond fsspec's interface.
 
-Owns the settings of s3fs, conditional writes, unfinished uploads, and the counting of its requests. Must not import
-s3fs or know about retries: it is handed a filesystem, and each request the seconds it may take.
+Owns the settings of s3fs, conditional writes, unfinished uploads, signed URLs, and the counting of its requests. Must
+not import s3fs or know about retries: it is handed a filesystem, and each request the seconds it may take.
 """
 
 from __future__ import annotations
 
+import ssl
 import threading
+import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 from pipeline.storage.counting import count
+from pipeline.storage.direct import SIGNED_S
+from pipeline.storage.http_ranges import Patience
 from pipeline.storage.retrying import code_of
 
 # s3fs's own defaults hang for minutes on a dead connection.
@@ -35,6 +40,10 @@ _PAGE_UPLOADS = 1000
 # By this a writer whose reply was lost knows its object again.
 _MARK = "geomerge-writer"
 _register = threading.Lock()
+# Headers of requests that write; any other that an option adds to requests, a signed URL would lack.
+_OF_WRITES = frozenset({"ACL", "Metadata", "SSEKMSKeyId", "ServerSideEncryption", "StorageClass", "Tagging"})
+# Ways to a server that only botocore goes.
+_BY_OTHERS = frozenset({"client_cert", "proxies", "proxies_config"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,12 +100,35 @@ class S3Bucket:
             with _register:
                 # Stores that share the client register the same name once; what botocore registered later may raise.
                 client.meta.events.register_first("needs-retry.s3", _count_request, unique_id="geomerge-counters")
+                client.meta.events.register_first("choose-signer.s3", _newest_signature, unique_id="geomerge-signer")
             self._watched = client
 
     def call(self, verb: str, seconds: float, **arguments: object) -> Any:
         """Send one request about this bucket, in at most so many seconds."""
         self.watch()
         return self._fs.call_s3(verb, timeout=seconds, Bucket=self.name, **arguments)
+
+    def signed_url(self, full: str, seconds: float) -> str | None:
+        """See `direct.Signer`: None where options or the environment ask for more than a plain request."""
+        fs = self._fs
+        added = {**fs.req_kw, **fs.s3_additional_kwargs}.keys() - _OF_WRITES
+        if added or _BY_OTHERS & fs.config_kwargs.keys() or fs.client_kwargs.get("verify") is False:
+            return None
+        self.watch()
+        url = str(fs.url(full, expires=SIGNED_S, timeout=seconds))
+        parts = urlsplit(url)
+        proxied = {parts.scheme, "all"} & urllib.request.getproxies().keys()
+        return None if proxied and not urllib.request.proxy_bypass(parts.netloc) else url
+
+    def patience(self) -> Patience:
+        """See `direct.Signer`."""
+        config = self._fs.s3.meta.config
+        return Patience(connect_s=float(config.connect_timeout), read_s=float(config.read_timeout))
+
+    def tls(self) -> ssl.SSLContext:
+        """See `direct.Signer`: certificates as AWS_CA_BUNDLE, the profile or the options name them, or the system."""
+        named = self._fs.client_kwargs.get("verify") or self._fs.session.get_config_variable("ca_bundle")
+        return ssl.create_default_context(cafile=named if isinstance(named, str) else None)
 
     def marked(self, token: str) -> dict[str, str]:
         """Return the metadata of an object that only the writer with this token puts."""
@@ -186,3 +218,8 @@ class S3Bucket:
 def _count_request(attempts: int, **_: object) -> None:
     """Count what botocore has sent; it asks after every request whether to repeat it."""
     count(requests=1, retries=int(attempts > 1))
+
+
+def _newest_signature(signature_version: object, **_: object) -> str | None:
+    """Keep botocore from signing URLs by the second version, which it takes by habit and newer buckets refuse."""
+    return "s3v4-query" if signature_version in ("v4-query", "s3v4-query") else None

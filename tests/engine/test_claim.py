@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from pipeline.engine import runs
 from pipeline.engine.claim import Claim
 from pipeline.engine.process_identity import host_name, machine_name, process_lives, process_start
+from pipeline.engine.run_folder import PLAN
 from pipeline.engine.runs import RUNS, newest_run, run_path
 from pipeline.engine.status import status
 from pipeline.errors import ClaimedError, OutputError, Problem, StorageError
@@ -231,15 +232,46 @@ def test_a_run_that_was_taken_for_dead_notices_and_stops(store: Store, monkeypat
 
 
 def test_a_run_whose_successor_is_over_already_notices(store: Store) -> None:
+    store.write(PLAN, b"{}")
     with Claim.take(store, interval_s=600) as first:
         store.delete(run_path(1))
-        with pytest.raises(OutputError, match="taken over"):
+        with pytest.raises(ClaimedError, match="by another run, which is over already") as caught:
             first.check()
-        assert store.list() == ()
+        assert "goes on" not in str(caught.value)
+        assert store.list() == (PLAN,)
     with Claim.take(store, interval_s=600) as first:
         elsewhere(store)
-        with pytest.raises(OutputError, match="taken over"):
+        with pytest.raises(ClaimedError, match="taken over"):
             first.check()
+
+
+def test_a_folder_that_was_removed_under_a_run_was_taken_over_by_nobody(store: Store) -> None:
+    with Claim.take(store, interval_s=600) as first:
+        store.write(PLAN, b"{}")
+        for path in store.list():
+            store.delete(path)
+        with pytest.raises(OutputError, match="was removed during the merge") as caught:
+            first.check()
+        assert not isinstance(caught.value, ClaimedError)
+        assert store.list() == ()
+
+
+@pytest.mark.parametrize(("kind", "number"), [("FileMeasured", 1), ("PassStarted", 2), ("FileWritten", 1)])
+def test_a_merge_whose_output_is_removed_says_so(tmp_path: Path, kind: str, number: int) -> None:
+    """Whichever file is missed first: a worker's, the driver's, or one of the commit."""
+    family, out = tiny_family(tmp_path), tmp_path / "out"
+    heard: list[str] = []
+
+    def listen(event: Event) -> None:
+        heard.append(type(event).__name__)
+        if type(event).__name__ == kind and heard.count(kind) == number:
+            # At once, while workers write.
+            out.rename(tmp_path / "gone")
+
+    with pytest.raises(OutputError, match="was removed during the merge") as caught:
+        merge(str(family.recipe(pipeline={"file_size": "200"})), str(out), listener=listen)
+    assert caught.value.problems[0].where == f"output {out}"
+    assert not (out / "model.safetensors.index.json").exists()
 
 
 def test_a_failed_run_leaves_its_error_and_makes_room(store: Store) -> None:

@@ -82,9 +82,9 @@ class Recorded:
         self._note(path, start, stop)
         return self._store.read(path, start, stop)
 
-    def read_into(self, path: str, start: int, buffer: memoryview) -> None:
-        self._note(path, start, start + buffer.nbytes)
-        self._store.read_into(path, start, buffer)
+    def read_into(self, path: str, start: int, *buffers: memoryview) -> None:
+        self._note(path, start, start + sum(buffer.nbytes for buffer in buffers))
+        self._store.read_into(path, start, *buffers)
 
     def _note(self, path: str, start: int, stop: int) -> None:
         with self._lock:
@@ -191,10 +191,10 @@ def test_wants_of_one_fetch_are_waited_for_one_by_one(folder: Path, fetcher: Fet
     gate = threading.Event()
 
     class Gated(Recorded):
-        def read_into(self, path: str, start: int, buffer: memoryview) -> None:
+        def read_into(self, path: str, start: int, *buffers: memoryview) -> None:
             if path == "f1":
                 assert gate.wait(30)
-            super().read_into(path, start, buffer)
+            super().read_into(path, start, *buffers)
 
     store = Gated(folder)
     first, second = want(store, "f0", 0, 50), want(store, "f1", 0, 50)
@@ -211,8 +211,8 @@ def test_a_cancelled_fetch_begins_no_request_and_ends_with_the_reason(folder: Pa
     entered, gate = threading.Event(), threading.Event()
 
     class Gated(Recorded):
-        def read_into(self, path: str, start: int, buffer: memoryview) -> None:
-            super().read_into(path, start, buffer)
+        def read_into(self, path: str, start: int, *buffers: memoryview) -> None:
+            super().read_into(path, start, *buffers)
             entered.set()
             assert gate.wait(30)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,33 @@ def test_planning_says_what_stands_in_the_way(tmp_path: Path) -> None:
     assert notes_of(recipe, out) == ("the output holds this very merge, finished",)
     (said,) = notes_of(family.recipe("linear", name="linear.yaml"), out)
     assert "differs in the recipe" in said
+
+
+def test_planning_says_what_will_end_the_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = make_family(tmp_path, 3)
+    recipe = family.recipe()
+    (tmp_path / "file").write_text("mine")
+    (said,) = notes_of(recipe, tmp_path / "file" / "out")
+    assert f"cannot be made: {tmp_path}/file is no folder" in said
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != locked)
+    (said,) = notes_of(recipe, locked / "out")
+    assert f"may not be written, nor may {locked} (check the permissions)" in said
+    monkeypatch.setattr(LocalStore, "free_bytes", lambda _: 10)
+    (said,) = notes_of(recipe, tmp_path / "out")
+    assert "the disk has 10 B free" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_planning_does_not_know_an_empty_prefix_from_one_that_cannot_be_written(tmp_path: Path) -> None:
+    recipe, output = make_family(tmp_path, 3).recipe(), open_store(f"memory://{tmp_path.name}/merged")
+    planned = plan_merge(load_recipe(str(recipe))[0], output, Resources(), probe=True)
+    (said,) = planned.plan.notes
+    assert "nothing is there yet, so it may not exist or not be writable" in said
+    output.write("notes.txt", b"mine")
+    planned = plan_merge(load_recipe(str(recipe))[0], output, Resources(), probe=True)
+    assert [note for note in planned.plan.notes if "nothing is there yet" in note] == []
 
 
 def test_an_executor_serves_one_merge_after_another_and_stays_open(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ class Still:
 
     is_local = True
 
-    def read_into(self, path: str, start: int, buffer: memoryview) -> None:
+    def read_into(self, path: str, start: int, *buffers: memoryview) -> None:
         pass
 
 
@@ -282,9 +282,9 @@ def test_neighbouring_factors_and_chunks_share_requests(
         requests.append((path, start))
         return read(self, path, start, stop)
 
-    def counted_into(self: FsspecStore, path: str, start: int, buffer: memoryview) -> None:
+    def counted_into(self: FsspecStore, path: str, start: int, *buffers: memoryview) -> None:
         requests.append((path, start))
-        read_into(self, path, start, buffer)
+        read_into(self, path, start, *buffers)
 
     recipe = moved(family.recipe(), [family.base, *family.models])
     monkeypatch.setattr(FsspecStore, "read", counted)
@@ -311,14 +311,14 @@ def test_a_failing_read_ends_the_merge_with_its_own_error(
 ) -> None:
     recipe = moved(family.recipe(), [family.base, *family.models])
     fail = threading.Event()
-    read = FsspecStore.read
+    read_into = FsspecStore.read_into
 
-    def broken(self: FsspecStore, path: str, start: int = 0, stop: int | None = None) -> bytes:
+    def broken(self: FsspecStore, path: str, start: int, *buffers: memoryview) -> None:
         if fail.is_set() and path == "model.safetensors":
             raise StorageError(Problem(what="the store is gone", where=path))
-        return read(self, path, start, stop)
+        read_into(self, path, start, *buffers)
 
-    monkeypatch.setattr(FsspecStore, "read", broken)
+    monkeypatch.setattr(FsspecStore, "read_into", broken)
     monkeypatch.setattr(merging, "project_memory", _then(fail))
     with pytest.raises(StorageError, match="the store is gone"):
         merge(str(recipe), str(tmp_path / "out"))

@@ -168,6 +168,9 @@ def test_seconds_follow_from_the_rates(tmp_path: Path) -> None:
     plan = plan_of(small_family(tmp_path).recipe())
     rates = Rates(measure=MODEL_BYTES, write=3 * MODEL_BYTES, source="given")
     assert project_cost(plan, memory(), workers=1, rates=rates).seconds == {"measure": 4.0, "write": 1.0}
+    started = dataclasses.replace(rates, start_s=0.5)
+    found = project_cost(plan, memory(), workers=1, rates=started).seconds
+    assert list(found.items()) == [("start", 0.5), ("measure", 4.0), ("write", 1.0)]
 
 
 def test_tied_copies_are_read_once_more_and_not_written(tmp_path: Path) -> None:

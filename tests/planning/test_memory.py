@@ -13,6 +13,7 @@ from pipeline.errors import BudgetError
 from pipeline.numerics.kernels import work_bytes
 from pipeline.planning.layout import lay_out
 from pipeline.planning.memory import (
+    CHEAP_BYTES,
     CLIENT_BYTES,
     KEPT_OVERHEAD_BYTES,
     MOST_REQUESTS,
@@ -127,6 +128,38 @@ def test_retention_is_bounded_by_what_there_is_to_keep() -> None:
     assert memory.total_bytes < 2 * 10**9
     tight = project_memory(of, budget_bytes=smallest(of) + 100_000_000, threads=1)
     assert 0 < tight.retained_bytes < tight.terms["retained"] <= 100_000_000
+
+
+def test_nothing_is_kept_that_the_system_holds_in_memory_anyway() -> None:
+    of = plan()
+    plain = project_memory(of, budget_bytes=10**10, threads=2)
+    assert plain.retained_bytes > CHEAP_BYTES
+    read = sum(item.elements for item in of.tensors) * 2 * 9
+    touched = read + sum(file.size_bytes for file in of.files) + plain.total_bytes - plain.terms["retained"]
+    cached = project_memory(of, budget_bytes=10**10, threads=2, cache_bytes=touched)
+    assert (cached.retained_bytes, cached.terms["retained"]) == (0, 0)
+    assert dict(cached.terms) == {**plain.terms, "retained": 0}
+    assert (cached.threads, cached.window) == (plain.threads, plain.window)
+    # A byte less would be read from the disk.
+    assert project_memory(of, budget_bytes=10**10, threads=2, cache_bytes=touched - 1) == plain
+    # Each further pass is worth the memory.
+    stream = plan(distances="stream")
+    kept = project_memory(stream, budget_bytes=10**10, threads=2, cache_bytes=10**12)
+    assert kept.retained_bytes == plain.retained_bytes
+
+
+def test_what_is_small_is_kept_all_the_same() -> None:
+    of = plan(tensors=1, elements=3 << 18)
+    memory = project_memory(of, budget_bytes=10**10, threads=2, cache_bytes=10**12)
+    assert 0 < memory.retained_bytes == 3 * 2 * 8 * LENGTH <= CHEAP_BYTES
+
+
+@pytest.mark.parametrize(("place", "keeps"), [("s3://bucket/m0", True), ("/models/m0", False)])
+def test_what_comes_from_an_object_store_is_kept(place: str, keeps: bool) -> None:
+    of = plan()
+    inputs = (dataclasses.replace(of.inputs[0], url=place), *of.inputs[1:])
+    memory = project_memory(dataclasses.replace(of, inputs=inputs), budget_bytes=10**10, threads=2, cache_bytes=10**12)
+    assert (memory.retained_bytes > 0) is keeps
 
 
 def test_many_small_pieces_leave_less_room_for_their_bytes() -> None:

@@ -92,6 +92,15 @@ class StoreContract:
         with pytest.raises(StorageError, match="from offset 6, got 0"):
             store.read("a", 6)
 
+    def test_several_buffers_are_filled_one_behind_the_other(self, store: Store) -> None:
+        store.write("a", MEGABYTE)
+        buffers = [bytearray(size) for size in (3, 0, 70_000, 1)]
+        store.read_into("a", 11, *map(memoryview, buffers))
+        assert b"".join(buffers) == MEGABYTE[11 : 11 + 70_004]
+        store.read_into("a", 11)
+        with pytest.raises(StorageError, match="wanted"):
+            store.read_into("a", len(MEGABYTE) - 3, memoryview(bytearray(2)), memoryview(bytearray(2)))
+
     @pytest.mark.parametrize(("start", "stop"), [(-1, 3), (3, 2)])
     def test_an_impossible_range_is_the_callers_mistake(self, store: Store, start: int, stop: int) -> None:
         with pytest.raises(ValueError, match="no byte range"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import StorageError
+from pipeline.errors import PipelineError, StorageError
 from pipeline.storage import join_url, open_store, split_url
 
 
@@ -43,7 +43,7 @@ def test_a_relative_folder_is_fixed_when_opened(tmp_path: Path, monkeypatch: pyt
     ],
 )
 def test_urls_that_cannot_be_opened(url: str, words: str) -> None:
-    with pytest.raises(StorageError, match=words):
+    with pytest.raises(PipelineError, match=words):
         open_store(url)
 
 

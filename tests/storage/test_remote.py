@@ -11,10 +11,11 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile
 
-from pipeline.errors import StorageError
+from pipeline.errors import SettingsError, StorageError
 from pipeline.storage import MissingObject, Store, counters, open_store
 from pipeline.storage import remote as remote_module
 from pipeline.storage import remote_writer as writer_module
+from pipeline.storage import waiting as waiting_module
 from pipeline.storage.remote import FsspecStore
 from pipeline.storage.retrying import RetryPolicy
 
@@ -114,6 +115,33 @@ def test_reads_survive_passing_faults(memory_url: str) -> None:
     store, fs = faulty_store(memory_url, OSError(16, "busy"), aiohttp.ClientPayloadError("cut"))
     assert store.read("a", 1, 3) == b"23"
     assert fs.calls == 3
+
+
+def test_a_store_that_is_waited_for_is_named_without_credentials(
+    memory_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(waiting_module, "_LONG_S", 0.0)
+    open_store(memory_url).write("a", b"12345")
+    faults = [OSError(16, f"busy with hunter22hunter22 ({number})") for number in (1, 2)]
+    store, _ = faulty_store(memory_url, *faults, options={"secret": "hunter22hunter22"})
+    assert store.read("a", 1, 3) == b"23"
+    server = memory_url.removesuffix("/prefix")
+    first, last = (record.getMessage() for record in caplog.records)
+    assert first == f"waiting for {server} since 0 s: busy with *** (1) (OSError)"
+    assert last == f"{server} answers again after 0 s"
+
+
+@pytest.mark.parametrize("error", [TypeError("nonsense"), ValueError("nonsense"), AttributeError("nonsense")])
+def test_wrong_options_show_before_the_first_answer(memory_url: str, error: Exception) -> None:
+    open_store(memory_url).write("a", b"12345")
+    store, fs = faulty_store(memory_url, error)
+    with pytest.raises(SettingsError, match=r"prefix/a: cannot read: nonsense .*the storage options"):
+        store.read("a", 0, 1)
+    assert store.read("a", 0, 1) == b"1"
+    fs.faults = [error]
+    with pytest.raises(StorageError, match="prefix/a: cannot read: nonsense") as caught:
+        store.read("a", 0, 1)
+    assert caught.value.exit_code == 5, "it has been opened as it should be"
 
 
 def test_whole_writes_are_repeated(memory_url: str) -> None:

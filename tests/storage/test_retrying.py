@@ -8,7 +8,7 @@ import botocore.exceptions
 import pytest
 
 from pipeline.storage import counters
-from pipeline.storage.retrying import RetryPolicy, cause_of, code_of, is_permanent
+from pipeline.storage.retrying import RetryPolicy, cause_of, code_of, is_mistake, is_permanent
 
 QUICK = RetryPolicy(first_pause_s=0.001, longest_pause_s=0.002)
 
@@ -145,3 +145,48 @@ def test_waiting_for_a_store_ends_too() -> None:
     policy = RetryPolicy(deadline_s=0.2, first_pause_s=0.01, longest_pause_s=0.02)
     with pytest.raises(ConnectionRefusedError):
         policy.run(failing([ConnectionRefusedError("down")] * 1000, []), known=True)
+
+
+def unhandled(behind: BaseException) -> botocore.exceptions.HTTPClientError:
+    """What botocore makes of an error that its HTTP client does not know."""
+    error = botocore.exceptions.HTTPClientError(error=behind)
+    error.__context__ = behind
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        unhandled(TypeError("'<=' not supported")),
+        unhandled(ValueError("newlines are not allowed in headers")),
+        unhandled(FileNotFoundError("certificates")),
+        botocore.exceptions.ProfileNotFound(profile="x"),
+        botocore.exceptions.ConfigParseError(path="x", error="y"),
+        refusal("InvalidBucketName"),
+    ],
+)
+def test_mistakes_of_the_user_are_told_from_faults(error: BaseException) -> None:
+    calls: list[float] = []
+    assert is_mistake(error)
+    with pytest.raises(type(error)):
+        QUICK.run(failing([error], calls))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "error", [unhandled(ConnectionResetError("cut")), unhandled(TimeoutError()), OSError("x"), TypeError("x")]
+)
+def test_faults_are_no_mistakes(error: BaseException) -> None:
+    assert not is_mistake(error)
+
+
+def test_a_store_that_has_answered_is_set_up_well() -> None:
+    assert QUICK.run(failing([unhandled(ValueError("garbage"))], []), known=True) == "done"
+
+
+def test_each_repetition_is_told_and_the_last_error_raised() -> None:
+    told: list[BaseException] = []
+    errors: list[BaseException] = [OSError("a"), OSError("b"), PermissionError("c")]
+    with pytest.raises(PermissionError):
+        QUICK.run(failing(list(errors), []), repeats=told.append)
+    assert told == errors[:2]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import s3fs
 
-from pipeline.errors import StorageError
+from pipeline.errors import SettingsError, StorageError
 from pipeline.storage import counters, open_store
 from tests.support.s3 import KEY, SECRET, prefix
 
@@ -59,7 +59,7 @@ def profiles(folder: Path, endpoint: str) -> None:
     )
 
 
-def refused(url: str, options: dict[str, object] | None = None) -> str:
+def refused(url: str, options: dict[str, object] | None = None, exit_code: int = 5) -> str:
     """Read and write, each refused, and return the text of the refused read, which shows no secret."""
     store = open_store(url, options)
     before = counters()
@@ -69,7 +69,7 @@ def refused(url: str, options: dict[str, object] | None = None) -> str:
         with pytest.raises(StorageError) as other:
             act()
         assert SECRET not in str(other.value)
-        assert other.value.exit_code == 5
+        assert other.value.exit_code == exit_code
     assert SECRET not in str(caught.value)
     assert counters().retries == before.retries, "what waiting does not mend is not waited for"
     return str(caught.value)
@@ -146,7 +146,7 @@ def test_a_profile_that_is_not_there_is_named(
     keys(bare)
     if by == "environment":
         bare.setenv("AWS_PROFILE", "nightli")
-    text = refused(url, {"profile": "nightli"} if by == "options" else {"endpoint_url": endpoint})
+    text = refused(url, {"profile": "nightli"} if by == "options" else {"endpoint_url": endpoint}, exit_code=2)
     assert text.startswith(f"{url}/a: cannot read: The config profile (nightli) could not be found")
     assert "AWS_PROFILE" in text
 
@@ -191,10 +191,57 @@ def test_a_name_that_no_bucket_can_have(s3_url: str, name: str) -> None:
 
 
 def test_an_option_that_nobody_knows(url: str) -> None:
-    with pytest.raises(StorageError, match=r"endpiont_url.*check the URL's scheme, the storage options"):
+    with pytest.raises(SettingsError, match=r"endpiont_url.*check the URL's scheme, the storage options"):
         open_store(url, {"endpiont_url": "http://127.0.0.1:1"}).read("a", 0, 1)
 
 
 def test_an_endpoint_that_is_no_url(url: str) -> None:
-    with pytest.raises(StorageError, match=r"Invalid endpoint: 127\.0\.0\.1:1.*storage options"):
+    with pytest.raises(SettingsError, match=r"Invalid endpoint: 127\.0\.0\.1:1.*storage options"):
         open_store(url, {"endpoint_url": "127.0.0.1:1"}).read("a", 0, 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"config_kwargs": {"signature_version": "s5"}},
+        {"config_kwargs": {"retries": {"mode": "stubborn"}}},
+        {"config_kwargs": {"s3": {"addressing_style": "round"}}},
+        {"config_kwargs": {"connect_timeout": "eleven"}},
+        {"client_kwargs": {"nonsense": 1}},
+        {"region": "a b"},
+        {"max_concurrency": 0},
+    ],
+)
+def test_settings_of_no_use_are_not_waited_for(url: str, options: dict[str, object]) -> None:
+    before = counters()
+    with pytest.raises(SettingsError) as caught:
+        open_store(url, options).list()
+    assert caught.value.exit_code == 2
+    assert counters().retries - before.retries <= 2, "botocore's own"
+
+
+def test_a_configuration_that_cannot_be_parsed(bare: pytest.MonkeyPatch, url: str, tmp_path: Path) -> None:
+    (tmp_path / "config").write_text("[default\nregion")
+    keys(bare)
+    assert "Unable to parse config file" in (text := refused(url, exit_code=2))
+    assert "correct the file (AWS_CONFIG_FILE or ~/.aws/config" in text
+
+
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"])
+def test_a_credential_with_a_line_break_is_refused_before_a_request(
+    bare: pytest.MonkeyPatch, url: str, name: str
+) -> None:
+    keys(bare)
+    bare.setenv(name, f"{SECRET}\n")
+    with pytest.raises(SettingsError, match=rf"^{url}: {name} holds a line break .*\(set {name} again") as caught:
+        open_store(url)
+    assert SECRET not in str(caught.value)
+
+
+def test_an_endpoint_of_the_environment_with_a_user(bare: pytest.MonkeyPatch, url: str, endpoint: str) -> None:
+    keys(bare)
+    bare.setenv("AWS_ENDPOINT_URL", endpoint.replace("//", "//someone:hunter22@"))
+    with pytest.raises(SettingsError, match=rf"^{url}: AWS_ENDPOINT_URL has a user") as caught:
+        open_store(url)
+    assert "hunter22" not in str(caught.value)
+    assert open_store(url, {"endpoint_url": endpoint}).read("a") == b"12345"

@@ -14,21 +14,24 @@ import pytest
 import s3fs
 
 from pipeline.errors import StorageError
-from pipeline.storage import Leftover, Store, open_store
+from pipeline.storage import Leftover, Store, counters, open_store
 from pipeline.storage import s3 as s3_module
 from pipeline.storage import s3_writer as writer_module
+from tests.cluster.gate import wait_until
 from tests.support.fault_proxy import Fault, FaultProxy, Rule, fault_proxy
 from tests.support.s3 import prefix
 
 # What servers take for a part that is not the last.
 PART_BYTES = 5 << 20
-# Writes one part and a half, says so, and waits for its end.
+# Writes one part and a half, says so once the part is there, and waits for its end.
 WRITER = """
 import sys, time
-from pipeline.storage import open_store, s3_writer
+from pipeline.storage import counters, open_store, s3_writer
 s3_writer._PART_BYTES = {part_bytes}
 writer = open_store(sys.argv[1]).open_writer("model.safetensors")
 writer.write(bytes(3 * {part_bytes} // 2))
+while counters().written_bytes < {part_bytes}:
+    time.sleep(0.01)
 print("written", flush=True)
 time.sleep(600)
 """
@@ -86,7 +89,9 @@ def test_an_upload_under_way_is_listed_with_its_parts(url: str, monkeypatch: pyt
     with store.open_writer("a") as writer:
         writer.write(bytes(PART_BYTES - 1))
         assert store.leftovers() == (), "nothing was sent yet"
+        before = counters().written_bytes
         writer.write(bytes(PART_BYTES + 2))
+        wait_until(lambda: counters().written_bytes == before + 2 * PART_BYTES, "both parts to arrive")
         (found,) = store.leftovers()
         assert (found.path, found.size_bytes) == ("a", 2 * PART_BYTES)
         writer.commit()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -15,6 +17,8 @@ from pipeline.storage import Store, counters, open_store
 from pipeline.storage import s3_writer as writer_module
 from pipeline.storage.remote import FsspecStore
 from pipeline.storage.retrying import RetryPolicy
+from pipeline.storage.s3 import S3Bucket
+from tests.cluster.gate import wait_until
 from tests.support.fault_proxy import Fault, FaultProxy, Rule, fault_proxy
 from tests.support.s3 import prefix
 
@@ -177,15 +181,76 @@ def test_what_stays_is_an_error_and_leaves_nothing(url: str, proxy: FaultProxy, 
 
 
 def test_a_writer_that_failed_takes_nothing_more(url: str, proxy: FaultProxy) -> None:
+    """The error of a part that is sent meanwhile is raised by a later call."""
     writer = impatient(url, proxy.url).open_writer("a")
-    with broken(proxy, rule(Fault.SLOW_DOWN, "PUT", "partNumber=1", times=3)):
+
+    def write_on() -> None:
+        for _ in range(200):
+            writer.write(DATA[:PART_BYTES])
+
+    with broken(proxy, rule(Fault.SLOW_DOWN, "PUT", "partNumber=1&", times=3)):
         with pytest.raises(StorageError, match="SlowDown"):
-            writer.write(bytes(PART_BYTES))
+            write_on()
         with pytest.raises(StorageError, match="the writer is aborted"):
             writer.write(b"more")
         with pytest.raises(StorageError, match="the writer is aborted"):
             writer.commit()
     assert open_store(url).list() == ()
+
+
+def test_parts_are_sent_while_the_next_one_grows_and_no_more_of_them_than_there_is_room_for(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, lock, under_way, most = threading.Event(), threading.Lock(), 0, 0
+    sent = S3Bucket.call
+
+    def held(self: S3Bucket, verb: str, seconds: float, **arguments: object) -> object:
+        nonlocal under_way, most
+        if verb != "upload_part":
+            return sent(self, verb, seconds, **arguments)
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        assert gate.wait(30)
+        try:
+            return sent(self, verb, seconds, **arguments)
+        finally:
+            with lock:
+                under_way -= 1
+
+    monkeypatch.setattr(S3Bucket, "call", held)
+    monkeypatch.setattr(writer_module, "_SHORT_PARTS", 4)
+    content = random.Random(8).randbytes(8 * PART_BYTES + 1)
+    with open_store(url).open_writer("a") as writer:
+        writer.write(content[: 3 * PART_BYTES + 7])
+        wait_until(lambda: under_way >= 3, "three parts to be sent")
+        gate.set()
+        writer.write(content[3 * PART_BYTES + 7 :])
+        writer.commit()
+    assert most == 3
+    assert open_store(url).read("a") == content
+    # Four short parts, then two long ones and the rest, which the server shows in the ETag.
+    assert open_store(url).stat("a").version.partition("-")[2].startswith("7")
+
+
+def test_an_abort_lets_no_part_arrive_later(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = threading.Event()
+    sent = S3Bucket.call
+
+    def slow(self: S3Bucket, verb: str, seconds: float, **arguments: object) -> object:
+        if verb == "upload_part":
+            started.set()
+            time.sleep(0.3)
+        return sent(self, verb, seconds, **arguments)
+
+    monkeypatch.setattr(S3Bucket, "call", slow)
+    writer = open_store(url).open_writer("a")
+    writer.write(DATA)
+    assert started.wait(30)
+    writer.abort()
+    store = open_store(url)
+    assert store.leftovers() == ()
+    assert store.list() == ()
 
 
 def test_an_object_of_others_is_not_taken_for_ones_own(url: str, proxy: FaultProxy) -> None:
