@@ -1,6 +1,17 @@
-"""`python -m pipeline`: the same command line as `geomerge`."""
+"""`geomerge` and `python -m pipeline`: the command line, with signals taken care of before anything is imported."""
 
-from pipeline.cli import main
+from __future__ import annotations
+
+from pipeline.signals import install
+
+
+def run() -> None:
+    """Run the command line of this process."""
+    install()
+    from pipeline.cli import main
+
+    main()
+
 
 if __name__ == "__main__":
-    main()
+    run()

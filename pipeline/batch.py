@@ -11,10 +11,11 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from pipeline import signals
 from pipeline.engine.claim import Claim
 from pipeline.engine.executors import create_executor
 from pipeline.engine.executors.base import Executor
@@ -24,16 +25,16 @@ from pipeline.errors import (
     OutputError,
     PipelineError,
     Problem,
-    RecipeError,
     StorageError,
     VerificationError,
     WorkerError,
 )
 from pipeline.events import Listener, Note, ignore
 from pipeline.merging import Resources, load_recipe, merge, open_output, plan_merge
+from pipeline.recipe_folder import entangled, find, find_recipes, rows_of
 from pipeline.reporting.batch_summary import SUMMARY, TABLE, Row, Watch, as_text, exit_code, now, save, summary
 from pipeline.reporting.batch_view import RecipeEnded, RecipeStarted
-from pipeline.storage import Store, join_url, open_store, redacted, shown_url
+from pipeline.storage import Store, join_url, open_store, place_of, redacted, shown_url
 
 __all__ = ["FOLDER", "SUMMARY", "TABLE", "Row", "batch", "exit_code", "find_recipes"]
 
@@ -41,10 +42,6 @@ _log = logging.getLogger(__name__)
 
 # Beside the outputs; holds the summary, and the claim of the batch that is at it.
 FOLDER = "_geomerge_batch"
-# How no recipe may be called: the outputs' folder has names of ours that begin so.
-_OURS = "_geomerge"
-# What a recipe is called; anything else in the folder is left alone.
-_SUFFIXES = (".yaml", ".yml")
 
 
 def batch(
@@ -76,10 +73,12 @@ def batch(
         raise OutputError(
             Problem(what="the URL of the outputs is empty", remedy="give a folder or a URL such as s3://bucket/prefix")
         )
-    names = _find(recipes_url)
+    names = find(recipes_url, listener)
+    for text in entangled(recipes_url, outputs_url):
+        listener(Note(text=text))
     with closing(open_store(join_url(outputs_url, FOLDER))) as place, ExitStack() as opened:
         run = _Batch(
-            rows=_rows(names, recipes_url, outputs_url),
+            rows=rows_of(names, recipes_url, outputs_url),
             urls={stem: (join_url(recipes_url, name), join_url(outputs_url, stem)) for stem, name in names.items()},
             place=place,
             resources=resources or Resources(),
@@ -89,66 +88,6 @@ def batch(
         )
         claim = opened.enter_context(Claim.take(place, describe=run.progress, listener=listener))
         return run.run(claim)
-
-
-def find_recipes(recipes_url: str, outputs_url: str) -> tuple[Row, ...]:
-    """Return the recipes of a folder with their outputs, sorted by name.
-
-    Raises:
-        RecipeError: There are none, two would have one output, or a name cannot be used.
-        StorageError: The folder cannot be listed.
-    """
-    return _rows(_find(recipes_url), recipes_url, outputs_url)
-
-
-def _rows(names: Mapping[str, str], recipes_url: str, outputs_url: str) -> tuple[Row, ...]:
-    recipes, outputs = shown_url(recipes_url), shown_url(outputs_url)
-    return tuple(
-        Row(recipe=stem, recipe_url=join_url(recipes, name), output=join_url(outputs, stem))
-        for stem, name in names.items()
-    )
-
-
-def _find(recipes_url: str) -> dict[str, str]:
-    """Return the names of a folder's recipes by what they are called, sorted."""
-    with closing(open_store(recipes_url)) as store:
-        names = [path for path in store.list() if _is_recipe(path)]
-        where = f"recipes {store.location()}"
-    if not names:
-        remedy = "name the folder or prefix in which they lie"
-        raise RecipeError(Problem(what="holds no recipes, *.yaml or *.yml", where=where, remedy=remedy))
-    # The summary is text, for every program to read.
-    problems = [
-        Problem(what=f"{name!a} is no UTF-8 text", where=where, remedy="rename it")
-        for name in names
-        if not _is_text(name)
-    ]
-    stems: dict[str, list[str]] = {}
-    for name in filter(_is_text, names):
-        stems.setdefault(name.rpartition(".")[0], []).append(name)
-    problems += [
-        Problem(what=f"{' and '.join(same)} would have one output", where=where, remedy="rename one")
-        for same in stems.values()
-        if len(same) > 1
-    ]
-    problems += [
-        Problem(what=f"a recipe may not be called {stem}: such names are ours", where=where, remedy="rename it")
-        for stem in stems
-        if stem.startswith(_OURS)
-    ]
-    if problems:
-        raise RecipeError(*problems)
-    return {stem: same[0] for stem, same in sorted(stems.items())}
-
-
-def _is_text(name: str) -> bool:
-    """Return whether a file's name is text: others come with half characters in place of their bytes."""
-    return not any("\ud800" <= character <= "\udfff" for character in name)
-
-
-def _is_recipe(path: str) -> bool:
-    """Return whether a path is a recipe of the folder itself, and no hidden file of an editor."""
-    return "/" not in path and not path.startswith(".") and path.endswith(_SUFFIXES)
 
 
 @dataclass(kw_only=True)
@@ -199,7 +138,9 @@ class _Batch:
 
     def _stopped(self, end: BaseException) -> None:
         """Save how far it came; what stopped it must not be hidden by a summary that cannot be saved."""
-        code = 143 if isinstance(end, SystemExit) else 130 if isinstance(end, KeyboardInterrupt) else 1
+        code = 130 if isinstance(end, KeyboardInterrupt) else 1
+        if isinstance(end, SystemExit):
+            code = signals.exit_code(end.code) or 143
         for row in self.rows:
             if row.state in ("stopped", "not started"):
                 row.exit_code = end.exit_code if isinstance(end, PipelineError) else code
@@ -261,6 +202,7 @@ class _Batch:
         models = (recipe.base_model, *(entry.model for entry in recipe.models))
         # What another recipe of this batch has measured of the same models is not measured again.
         same = [self.measured[models]] if models in self.measured else []
+        self._note_neighbours([model for model in models if model is not None])
         report = self._merged_or_replaced(row, watch, executor, same)
         self.measured[models] = output_url
         return report
@@ -282,12 +224,30 @@ class _Batch:
             return run()
         except ClaimedError:
             raise
-        except (OutputError, VerificationError):
+        except (OutputError, VerificationError) as error:
             # What is not ours stays, this very merge is resumed or left, and what cannot be replaced is refused again.
+            if not self._is_ours(row):
+                raise _left_alone(error) from error
             if not (self.overwrite and self._holds_another(row, executor)):
                 raise
         self.listener(Note(text=f"{row.output} was merged from another recipe or other files, and is replaced"))
         return run(overwrite=True)
+
+    def _is_ours(self, row: Row) -> bool:
+        """Return whether a recipe's output holds the plan of a merge, or nothing at all."""
+        recipe_url, output_url = self.urls[row.recipe]
+        with closing(open_output(load_recipe(recipe_url)[0], output_url)) as output:
+            paths = output.list()
+            return not paths or PLAN in paths
+
+    def _note_neighbours(self, models: Sequence[str]) -> None:
+        """Tell of models among the outputs that no recipe here makes: their names may be recipes' one day."""
+        outputs = place_of(self.heading["outputs"])
+        ours = tuple(place_of(output_url) for _, output_url in self.urls.values())
+        for model in models:
+            place = place_of(model)
+            if place.startswith(outputs) and not place.startswith(ours):
+                self.listener(Note(text=f"model {shown_url(model)} lies in OUTPUTS, and no recipe here makes it"))
 
     def _holds_another(self, row: Row, executor: Executor) -> bool:
         """Return whether a recipe's output holds a merge of ours that is not this recipe's, or a damaged plan."""
@@ -332,6 +292,18 @@ class _Batch:
     def _summary(self, state: str) -> dict[str, Any]:
         seconds = time.perf_counter() - self.started
         return summary(self.rows, self.heading, state=state, began=self.began, seconds=seconds)
+
+
+def _left_alone(error: PipelineError) -> PipelineError:
+    """Return an error of a folder that is not ours without the advice to overwrite it: a batch does not do that."""
+    return type(error)(
+        *(
+            replace(problem, remedy="choose other outputs; a batch leaves alone what geomerge has not written")
+            if "--overwrite" in problem.remedy
+            else problem
+            for problem in error.problems
+        )
+    )
 
 
 def _stop_behind(error: BaseException, outer: BaseException | None) -> BaseException | None:

@@ -11,11 +11,12 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from pipeline.engine.claim import MISSED_INTERVALS, Run, moves, newest_run
 from pipeline.engine.run_folder import FOLDER
-from pipeline.errors import OutputError, Problem
+from pipeline.errors import OutputError, Problem, StorageError
 from pipeline.storage import Leftover, Store, is_path, open_store
 
 
@@ -33,7 +34,7 @@ def clean(url: str, *, older_than_s: float, dry_run: bool) -> dict[str, Any]:
 
     Raises:
         OutputError: The URL lies inside a run folder, so that its claim is not seen.
-        StorageError: The store failed.
+        StorageError: There is no such folder, or the store failed.
     """
     with closing(open_store(url)) as store:
         if FOLDER in store.url.split("/"):
@@ -44,6 +45,8 @@ def clean(url: str, *, older_than_s: float, dry_run: bool) -> dict[str, Any]:
                     remedy="name the output folder, or one above it",
                 )
             )
+        if store.is_local and not Path(store.url).is_dir():
+            raise StorageError(Problem(what="there is no such folder", where=store.location(), remedy="check the path"))
         now, outputs = time.time(), _Outputs(store)
         found, removed_bytes = [], 0
         for leftover in sorted(store.leftovers(), key=lambda item: (item.path, item.handle)):

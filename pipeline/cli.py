@@ -1,6 +1,6 @@
 """The command line: `geomerge merge|batch|plan|verify|status|clean|methods|schema`.
 
-Owns arguments, signals, exit codes, and what goes to which stream: with --json one document to stdout, everything else
+Owns arguments, exit codes, and what goes to which stream: with --json one document to stdout, everything else
 to stderr. The texts live in `pipeline.reporting`.
 """
 
@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext, suppress
 from typing import Any, NoReturn, TextIO, TypeVar
 
 import click
 
-from pipeline import __version__
+from pipeline import __version__, signals
 from pipeline.errors import PipelineError, Problem
 from pipeline.events import Event, Listener
 from pipeline.units import parse_bytes, parse_seconds
@@ -29,8 +27,6 @@ OPTIONS = (
     *("--executor", "--address", "--workers", "--memory", "--device", "--overwrite", "--json", "--progress"),
     *("--older-than", "--dry-run", "--reuse"),
 )
-# What a shell reports of a process that a signal ended.
-_INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 
 class _Size(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
@@ -90,7 +86,25 @@ def _progress(command: F) -> F:
     )(command)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Main(click.Group):
+    """The commands, of which one whose progress is read by a program says in the same form what it was called with."""
+
+    def main(self, *positional: Any, **named: Any) -> Any:
+        """Run the command line, as click's own does."""
+        args = positional[0] if positional else named.get("args")
+        given = list(sys.argv[1:] if args is None else args)
+        if not (named.get("standalone_mode", True) and signals.wants_lines(given)):
+            return super().main(*positional, **named)
+        try:
+            sys.exit(super().main(*positional, **{**named, "standalone_mode": False}))
+        except click.ClickException as error:
+            context = getattr(error, "ctx", None)
+            remedy = f"see {context.command_path} --help" if context else "see geomerge --help"
+            problem = Problem(what=error.format_message(), remedy=remedy)
+            _fail(PipelineError(problem), error.exit_code, sys.stderr, as_lines=True)
+
+
+@click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="geomerge")
 def main() -> None:
     """Merge fine-tuned models by the exact geometric median, out of core, on one machine or a Ray cluster."""
@@ -275,7 +289,7 @@ def _to_resources(options: dict[str, Any]) -> Any:
 
 
 def _run_told(body: Callable[[Listener], dict[str, Any]], progress: str, *, resumes: bool = True) -> dict[str, Any]:
-    """Run a command of hours: its progress shown as asked, and ended by SIGTERM as by ctrl-C.
+    """Run a command of hours, its progress shown as asked.
 
     `resumes` says whether the same command goes on from what is done when this one was stopped.
     """
@@ -287,11 +301,11 @@ def _run_told(body: Callable[[Listener], dict[str, Any]], progress: str, *, resu
 
     def told(stream: TextIO) -> dict[str, Any]:
         raise_descriptor_limit()
-        with _terminable() as arm, listening(progress, stream) as listener:
+        with listening(progress, stream) as listener:
 
             def listen(event: Event) -> None:
                 # Ray puts a handler of its own in place of ours when it starts.
-                arm()
+                signals.install()
                 listener(event)
 
             return body(listen)
@@ -307,21 +321,22 @@ def _run(
     stream = stream or sys.stderr
     _start_logging(stream, as_lines)
     try:
-        return body()
+        with signals.Unwinding():
+            return body()
     except PipelineError as error:
         _fail(error, error.exit_code, stream, as_lines)
     except KeyboardInterrupt:
-        _fail(_stopped(resumes), _INTERRUPTED, stream, as_lines, prefix="")
+        _fail(_stopped(resumes), signals.INTERRUPTED, stream, as_lines, prefix="")
     except SystemExit as end:
-        # Ours, or the one that Ray's Python handler raises.
-        if end.code not in (_TERMINATED, signal.SIGTERM):
+        code = signals.exit_code(end.code)
+        if code is None:
             raise
-        _fail(_stopped(resumes), _TERMINATED, stream, as_lines, prefix="")
+        _fail(_stopped(resumes), code, stream, as_lines, prefix="")
 
 
 def _stopped(resumes: bool) -> PipelineError:
-    again = "resumes" if resumes else "begins anew, and without --overwrite it resumes what this one has begun"
-    return PipelineError(Problem(what=f"stopped; the same command {again}"))
+    anew = "stopped; the same command begins anew, and without --overwrite it resumes what this one has begun"
+    return PipelineError(Problem(what=signals.STOPPED if resumes else anew))
 
 
 def _fail(error: PipelineError, code: int, stream: TextIO, as_lines: bool, prefix: str = "error: ") -> NoReturn:
@@ -330,43 +345,10 @@ def _fail(error: PipelineError, code: int, stream: TextIO, as_lines: bool, prefi
 
         write_line(stream, {**error_fields(error), "exit_code": code})
     else:
-        click.echo(f"{prefix}{error}", file=stream)
+        # Nobody may read it any more; the code tells it, too.
+        with suppress(OSError):
+            click.echo(f"{prefix}{error}", file=stream)
     sys.exit(code)
-
-
-@contextmanager
-def _terminable() -> Iterator[Callable[[], None]]:
-    """Make SIGTERM, by which schedulers end a job, unwind the body once, so that it leaves nothing half done.
-
-    Yields:
-        What puts the handler in place again.
-    """
-    handler: Any = signal.getsignal(signal.SIGTERM)
-    before = handler
-
-    def terminate(*_: object) -> None:
-        # The next one must not cut the unwinding short; SIGKILL is what follows if it takes too long.
-        nonlocal handler
-        handler = signal.SIG_IGN
-        arm()
-        sys.exit(_TERMINATED)
-
-    def arm() -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)
-
-    handler = terminate
-    arm()
-    try:
-        yield arm
-    except (SystemExit, KeyboardInterrupt, PipelineError):
-        # What is raised inside of Ray's calls comes out with another code, and clearing up after it may fail.
-        if handler is signal.SIG_IGN:
-            sys.exit(_TERMINATED)
-        raise
-    finally:
-        handler = before
-        arm()
 
 
 def _start_logging(stream: TextIO, as_lines: bool) -> None:

@@ -76,6 +76,12 @@ class StorageError(PipelineError):
     exit_code = 5
 
 
+class SettingsError(StorageError):
+    """A store cannot be used as URL, options, environment or profile have it: to run again would change nothing."""
+
+    exit_code = 2
+
+
 class WorkerError(PipelineError):
     """A worker was lost, or failed in a way that is no fault of the input."""
 

@@ -18,7 +18,7 @@ from pipeline.engine.claim import Claim
 from pipeline.engine.driver import Driver, Outcome
 from pipeline.engine.executors import create_executor, takes_ray
 from pipeline.engine.executors.base import Executor
-from pipeline.engine.output import State, commit, examine, prepare
+from pipeline.engine.output import State, commit, examine, prepare, untried
 from pipeline.engine.process import cores
 from pipeline.engine.progress import Progress
 from pipeline.engine.refusals import refuse_inputs
@@ -27,7 +27,7 @@ from pipeline.engine.reuse import Earlier, refuse_useless, reuse_statistics
 from pipeline.engine.run_folder import REPORT, read_json
 from pipeline.engine.runs import newest_run
 from pipeline.engine.worker import Job
-from pipeline.errors import OutputError, PipelineError, Problem, RecipeError
+from pipeline.errors import OutputError, PipelineError, Problem, RecipeError, StorageError
 from pipeline.events import Committed, Listener, Note, ignore
 from pipeline.methods import registry
 from pipeline.planning.adapter_output import merged_adapter_config
@@ -40,10 +40,14 @@ from pipeline.planning.traffic import one_read_bytes
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.reporting.model_card import model_card
 from pipeline.reporting.report import build_report
-from pipeline.storage import Store, open_store, shown_url, split_url
+from pipeline.storage import MissingObject, Store, open_store, shown_url, split_url
+from pipeline.storage.page_cache import page_cache_bytes
+from pipeline.units import format_bytes
 
 # Enough for 20 models in flight and a good part of a small family kept in memory, on any machine that trains models.
 DEFAULT_MEMORY_BYTES = 4_000_000_000
+# A recipe of a thousand models has a tenth of it; what is longer is another file, perhaps a model's.
+_RECIPE_BYTES = 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +86,7 @@ def load_recipe(url: str) -> tuple[Recipe, str]:
     """Return a recipe and its text.
 
     Raises:
-        RecipeError: It cannot be found, read as text, or understood.
+        RecipeError: It cannot be found, is too long, or cannot be read as text or understood.
     """
     shown = shown_url(url)
     if Path(url).is_dir():
@@ -90,15 +94,32 @@ def load_recipe(url: str) -> tuple[Recipe, str]:
     folder, name = split_url(url)
     store = open_store(folder)
     try:
+        _refuse_long(store, name, shown)
         text = store.read(name).decode("utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(Problem(what="is no UTF-8 text", where=f"recipe {shown}")) from error
-    except PipelineError as error:
-        raise RecipeError(
-            Problem(what=str(error.problems[0].what), where=f"recipe {shown}", remedy="name an existing recipe file")
-        ) from error
+    except StorageError as error:
+        problem = error.problems[0]
+        remedy = "name an existing recipe file" if isinstance(error, MissingObject) else problem.remedy
+        raise RecipeError(Problem(what=problem.what, where=f"recipe {shown}", remedy=remedy)) from error
     methods = {name: method.schema for name, method in registry().items()}
     return parse_recipe(text, source=shown, methods=methods), text
+
+
+def _refuse_long(store: Store, name: str, shown: str) -> None:
+    """Raise for a file that cannot be a recipe, before it is read."""
+    try:
+        size_bytes = store.stat(name).size_bytes
+    except MissingObject:
+        raise
+    except StorageError:
+        # Web servers need not tell a size, and may show a signed URL to readers alone.
+        if not store.url.startswith(("http://", "https://")):
+            raise
+        return
+    if size_bytes > _RECIPE_BYTES:
+        what = f"is {format_bytes(size_bytes)} long, which no recipe is: at most {format_bytes(_RECIPE_BYTES)}"
+        raise RecipeError(Problem(what=what, where=f"recipe {shown}", remedy="name the recipe's file"))
 
 
 def open_output(recipe: Recipe, url: str) -> Store:
@@ -134,14 +155,18 @@ def plan_merge(
         on_ray = takes_ray(resources.executor, address=resources.address)
     threads = 1 if on_ray else max(1, cores() // workers)
     memory = project_memory(
-        plan, budget_bytes=resources.memory_bytes, threads=threads, remote_output=not output.is_local
+        plan,
+        budget_bytes=resources.memory_bytes,
+        threads=threads,
+        remote_output=not output.is_local,
+        cache_bytes=page_cache_bytes(),
     )
     seconds = time.perf_counter() - started
     rates = None
     if recipe.pipeline.bandwidth_bytes is not None:
         rates = given_rates(recipe.pipeline.bandwidth_bytes)
     elif probe:
-        rates = measure_rates(plan, memory, workers=workers)
+        rates = measure_rates(plan, memory, workers=workers, output=output)
     cost = project_cost(plan, memory, workers=workers, rates=rates)
     return Planned(plan=plan, sources=sources, memory=memory, cost=cost, rates=rates, workers=workers, seconds=seconds)
 
@@ -159,6 +184,8 @@ def _obstacles(plan: Plan, output: Store) -> Iterator[str]:
     try:
         if examine(plan, output, overwrite=False) is State.COMMITTED:
             yield "the output holds this very merge, finished"
+        else:
+            yield from map(str, untried(plan, output))
         run = newest_run(output)
         if run is not None and run.lives_here() is not False:
             yield f"the output may be in use: {run.who}"
@@ -234,6 +261,8 @@ def _merge(
     # Reads only: a finished merge is left as it is, also where nothing can be written, and so is what is refused.
     if examine(plan, output, overwrite=overwrite) is State.COMMITTED:
         return _finished(output, listener)
+    # Before the claim: whoever cannot work keeps nobody else from it.
+    executor.reach(workers=planned.workers, memory_bytes=planned.memory.total_bytes)
     progress = Progress(listener, executor.waiting)
     with Claim.take(output, describe=progress.snapshot, overwrite=overwrite, listener=listener) as claim:
         state = prepare(plan, output, overwrite=overwrite, continues=claim.continues)

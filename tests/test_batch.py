@@ -194,8 +194,11 @@ def test_overwrite_leaves_what_is_not_ours(family: Family) -> None:
     recipes, outputs = recipes_of(family, "a"), family.root / "outputs"
     (outputs / "a").mkdir(parents=True)
     (outputs / "a" / "thesis.safetensors").write_text("mine")
-    summary = batch(str(recipes), str(outputs), resources=LOCAL, overwrite=True)
-    assert states(summary) == {"a": "failed"}
+    for overwrite in (False, True):
+        summary = batch(str(recipes), str(outputs), resources=LOCAL, overwrite=overwrite)
+        assert states(summary) == {"a": "failed"}
+        assert "is not empty and holds no merge of ours (choose other outputs;" in summary["merges"][0]["error"]
+        assert "--overwrite" not in summary["merges"][0]["error"]
     assert [path.name for path in (outputs / "a").iterdir()] == ["thesis.safetensors"]
 
 
@@ -261,6 +264,35 @@ def test_what_cannot_be_sorted_out_is_refused_before_work(
     for word in words:
         assert word in str(caught.value)
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_file_is_no_folder_of_recipes(family: Family) -> None:
+    recipes = recipes_of(family, "a")
+    with pytest.raises(RecipeError, match=r"a\.yaml: is a file \(name its folder"):
+        batch(str(recipes / "a.yaml"), str(family.root / "outputs"))
+
+
+def test_suffixes_in_capitals_are_left_alone_and_told(family: Family) -> None:
+    recipes, heard = recipes_of(family, "linear", "UP.YAML", "Next.Yml"), list[Event]()
+    batch(str(recipes), str(family.root / "outputs"), resources=LOCAL, listener=heard.append)
+    (text,) = notes(heard)[:1]
+    assert text.endswith("left alone, for recipes end in .yaml or .yml: Next.Yml, UP.YAML")
+    (recipes / "linear.yaml").unlink()
+    with pytest.raises(RecipeError, match=r"rename Next\.Yml, UP\.YAML"):
+        batch(str(recipes), str(family.root / "outputs"))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "words"),
+    [("recipes", "are the same folder"), ("recipes/out", "OUTPUTS lies in RECIPES"), (".", "RECIPES lies in OUTPUTS")],
+)
+def test_outputs_among_recipes_or_models_are_told(family: Family, outputs: str, words: str) -> None:
+    recipes, heard = recipes_of(family, "linear"), list[Event]()
+    summary = batch(str(recipes), str(family.root / outputs), resources=LOCAL, listener=heard.append)
+    assert states(summary) == {"linear": "committed"}
+    assert sum(words in text for text in notes(heard)) == 1
+    among = [text for text in notes(heard) if "lies in OUTPUTS, and no recipe here makes it" in text]
+    assert len(among) == (len(family.models) + 1 if outputs == "." else 0)
 
 
 def test_a_folder_that_is_not_there_holds_no_recipes(tmp_path: Path) -> None:
@@ -452,12 +484,16 @@ def test_the_summary_of_a_batch_that_runs_can_be_read(family: Family) -> None:
     ]
 
 
-def test_the_command_prints_a_table_and_ends_with_the_code(family: Family) -> None:
+def test_the_command_prints_a_table_and_ends_with_the_code(family: Family, caplog: pytest.LogCaptureFixture) -> None:
     recipes, outputs = recipes_of(family, "a", "broken"), family.root / "outputs[x]"
     result = run("batch", recipes, outputs, "--executor", "local")
     assert result.exit_code == CheckpointError.exit_code
-    for word in ("recipe", "committed", "failed", "nowhere"):
-        assert word in result.stdout.replace("\n", "")
+    for word in ("recipe", "committed", "failed"):
+        assert word in result.stdout
+    # Whole, in one line, as a URL must be; a table would break it.
+    (told,) = (record.getMessage() for record in caplog.records if record.levelname == "ERROR")
+    assert told.startswith("broken: failed")
+    assert str(family.root / "nowhere") in told
     assert result.stdout.splitlines()[-1].startswith(f"{outputs}: 2 recipes, 1 committed, 1 failed, ")
     result = run("batch", recipes, outputs, "--executor", "local", "--json")
     assert result.exit_code == CheckpointError.exit_code
@@ -476,6 +512,9 @@ def test_a_nightly_batch_in_the_bucket(tmp_path: Path, s3_url: str) -> None:
         for folder, url in there.items():
             text = text.replace(str(folder), url)
         store.write(f"{name}.yaml", text.encode())
+    result = run("batch", f"{place}/recipes/chat.yaml", f"{place}/merged", "--executor", "local")
+    assert result.exit_code == RecipeError.exit_code
+    assert f"{place}/recipes/chat.yaml: is a file (name its folder" in result.stderr
     result = run("batch", f"{place}/recipes", f"{place}/merged", "--executor", "local", "--json")
     first = json.loads(result.stdout)
     assert states(first) == {"chat": "committed", "code": "committed", "poetry": "failed"}

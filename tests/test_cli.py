@@ -158,7 +158,7 @@ def test_a_plan_shows_what_a_merge_will_take_and_touches_nothing(family: Family)
     assert found["rates"].startswith("given")
     text = run("plan", recipe, output, "--memory", "800MB").stdout
     assert f"geometric_median of 3 models, scope model: {len(SMALL_SHAPES)} tensors, 212 elements, 7 chunks" in text
-    for word in ("groups   1: model", "read     ", "memory   ", "time     ", "model-00001-of-00001.safetensors 848 B"):
+    for word in ("groups   1: model", "read     ", "memory   ", "time     ", "write 848 B in 1 file of 848 B\n"):
         assert word in text
     assert all(term in text for term in found["memory_per_worker"]["terms"])
 
@@ -179,7 +179,7 @@ def test_a_plan_opens_the_output_as_a_merge_does(family: Family, monkeypatch: py
 def test_a_plan_measures_rates_when_none_is_given(family: Family) -> None:
     found = document(run("plan", family.recipe(name="rates.yaml"), family.root / "planned", "--json"))
     assert found["rates"].startswith("measured: ")
-    assert set(found["seconds"]) == {"measure", "write"}
+    assert set(found["seconds"]) == {"start", "measure", "write"}
     assert not (family.root / "planned").exists()
 
 
@@ -191,9 +191,8 @@ def test_a_merge_prints_a_table_and_leaves_a_checkpoint(family: Family) -> None:
     last = result.stdout.splitlines()[-1]
     size = (output / "model-00001-of-00001.safetensors").stat().st_size
     certified = r": certified to a relative gap of \d\.\de[+-]\d\d; 1 group, 1 file, "
-    assert re.match(
-        re.escape(str(output)) + certified + f"{format_bytes(size)} written, 1 pass over the inputs, ", last
-    )
+    took = f"{format_bytes(size)}; the run that committed it took 1 pass over the inputs, "
+    assert re.match(re.escape(str(output)) + certified + took, last)
     assert set(load_folder(output)) == set(SMALL_SHAPES)
 
 
@@ -381,6 +380,30 @@ def test_a_stopped_merge_says_what_the_same_command_does(
     result = run("merge", family.recipe(), family.root / "out", *options)
     assert result.exit_code == 143
     assert result.stderr.startswith(f"stopped; {words}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("merge", "r", "--progress", "json"), "Missing argument 'OUTPUT'"),
+        (("merge", "r", "o", "--progress=json", "--workers", "none"), "Invalid value for '--workers'"),
+        (("batch", "r", "o", "--progress", "json", "--nonsense"), "No such option '--nonsense'"),
+    ],
+)
+def test_with_lines_of_json_a_usage_error_is_one(arguments: tuple[str, ...], words: str) -> None:
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    (line,) = map(json.loads, result.stderr.splitlines())
+    assert (line["event"], line["exit_code"]) == ("Error", 2)
+    assert words in line["problems"][0]["what"]
+    assert line["problems"][0]["remedy"].endswith(f"{arguments[0]} --help")
+
+
+def test_help_is_help_with_lines_of_json_too() -> None:
+    result = run("merge", "--progress", "json", "--help")
+    assert result.exit_code == 0
+    assert "--overwrite" in result.stdout
+    assert result.stderr == ""
 
 
 def test_overwrite_replaces_another_merge(family: Family, tmp_path: Path) -> None:

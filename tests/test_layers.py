@@ -20,7 +20,7 @@ NAMES = [path.relative_to(ROOT).as_posix() for path in FILES]
 
 # Lowest first; rooms of one line do not know each other.
 ORDER = (
-    ("errors", "units", "events"),
+    ("errors", "units", "events", "signals"),
     ("storage",),
     ("checkpoints",),
     ("recipe",),
@@ -29,7 +29,7 @@ ORDER = (
     ("planning",),
     ("engine",),
     ("reporting",),
-    ("merging",),
+    ("merging", "recipe_folder"),
     ("batch", "cleaning"),
     ("cli",),
     ("__main__",),
@@ -44,8 +44,9 @@ THIRD_PARTY = {
     "yaml": ("recipe/", "reporting/model_card.py"),
     "torch": ("numerics/", "engine/"),
     "numpy": ("numerics/", "methods/", "engine/", "reporting/observations.py"),
+    "ml_dtypes": ("numerics/dtypes.py",),
     "xxhash": ("engine/source.py",),
-    "numba": ("numerics/compiled.py",),
+    "llvmlite": ("numerics/vector_code.py",),
     "ray": ("engine/executors/ray",),
     "rich": ("reporting/", "cli.py"),
     "click": ("cli.py",),

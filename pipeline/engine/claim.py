@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipeline.engine.process_identity import host_name, machine_name, process_start
+from pipeline.engine.run_folder import PLAN
 from pipeline.engine.runs import (
     INTERVAL_S,
     MISSED_INTERVALS,
@@ -38,7 +39,7 @@ from pipeline.engine.runs import (
     run_path,
     seen_to_live,
 )
-from pipeline.errors import ClaimedError, OutputError, PipelineError, Problem, StorageError
+from pipeline.errors import ClaimedError, OutputError, PipelineError, Problem, StorageError, VerificationError
 from pipeline.events import Listener, Note, ignore
 from pipeline.storage import MissingObject, Store
 
@@ -48,6 +49,9 @@ _log = logging.getLogger(__name__)
 
 # Times that a folder may change hands while we look.
 _TRIES = 20
+
+# What a run that began has left when it is over: a merge its plan, a batch its summary.
+_LASTING = frozenset({PLAN, "summary.json"})
 
 Describe = Callable[[], Mapping[str, Any]]
 
@@ -79,8 +83,9 @@ class Claim:
             "interval_s": interval_s,
         }
         self._counter = 0
+        # Whoever took over, in words; empty when that run is over, or `_removed` when it was none.
         self._successor: str | None = None
-        self._released = self._wordless = False
+        self._released = self._wordless = self._removed = False
         # Held from reading the own file to having written it: two threads give signs of life.
         self._writing = threading.Lock()
         self._stop = threading.Event()
@@ -143,13 +148,7 @@ class Claim:
             OutputError: The thread that gives signs of life has ended, so that another run may take over unseen.
         """
         if self._successor is not None:
-            raise ClaimedError(
-                Problem(
-                    what=f"was taken over by another run, because this one gave no sign of life: {self._successor}",
-                    where=f"output {self._output.location()}",
-                    remedy="nothing was committed here; the other run goes on from what was done",
-                )
-            )
+            raise self._ousted(self._successor)
         if not (self._thread.is_alive() or self._stop.is_set()):
             raise OutputError(
                 Problem(
@@ -158,6 +157,27 @@ class Claim:
                     remedy="nothing was committed here; run the merge again: it resumes",
                 )
             )
+
+    def _ousted(self, successor: str) -> OutputError:
+        """Return why this run may not go on; `successor` is empty when nobody is known to have followed it."""
+        where = f"output {self._output.location()}"
+        if successor:
+            return ClaimedError(
+                Problem(
+                    what=f"was taken over by another run, because this one gave no sign of life: {successor}",
+                    where=where,
+                    remedy="nothing was committed here; the other run goes on from what was done",
+                )
+            )
+        if self._removed:
+            return _removed(self._output)
+        return ClaimedError(
+            Problem(
+                what="was taken over by another run, which is over already, because this one gave no sign of life",
+                where=where,
+                remedy="nothing was committed by this run; geomerge status tells what the other one has done",
+            )
+        )
 
     def check(self) -> None:
         """Give a sign of life now and make sure that no other run took over.
@@ -206,6 +226,9 @@ class Claim:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.release(error)
+        # What fails when the folder goes away under a run may name any file of it.
+        if isinstance(error, StorageError | VerificationError) and self._removed:
+            raise _removed(self._output) from error
 
     def _delete_quietly(self) -> None:
         """Remove the own file, as a full disk still allows."""
@@ -299,8 +322,9 @@ class Claim:
             own = read_run(self._output, self._number)
             # One that is damaged is still ours: nobody else writes under this number while it is there.
             if own is None or (own.facts and own.facts.get("token") != self._token):
-                # Taken over by a run that is over already, whatever it left.
-                self._successor = "one that is over"
+                # Taken over by a run that is over already, whatever it left; or all was removed.
+                self._removed = own is None and _LASTING.isdisjoint(self._output.list())
+                self._successor = ""
         return self._successor is not None
 
     def _overtaken(self) -> bool:
@@ -309,7 +333,7 @@ class Claim:
         if not numbers or numbers[-1] <= self._number:
             return False
         successor = read_run(self._output, numbers[-1])
-        self._successor = successor.who if successor is not None else "one that is over"
+        self._successor = successor.who if successor is not None else ""
         return True
 
     def _beat_on(self) -> None:
@@ -334,6 +358,17 @@ def _refusal(output: Store, run: Run) -> Problem:
         what=f"is being written by another run: {run.who}",
         where=f"output {output.location()}",
         remedy="wait for it, or end it and run this again; geomerge status tells how far it is",
+    )
+
+
+def _removed(output: Store) -> OutputError:
+    """Return the error of a run whose output folder went away under it."""
+    return OutputError(
+        Problem(
+            what="was removed during the merge",
+            where=f"output {output.location()}",
+            remedy="nothing was committed; see what removed it, and run the merge again: it begins anew",
+        )
     )
 
 

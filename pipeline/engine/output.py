@@ -7,8 +7,10 @@ adapter's configuration, is the commit: before it exists no loader finds weights
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoints.adapter import ADAPTER_CONFIG
@@ -28,7 +30,7 @@ from pipeline.engine.run_folder import (
     written_path,
 )
 from pipeline.engine.runs import RUNS
-from pipeline.errors import OutputError, VerificationError
+from pipeline.errors import BudgetError, OutputError, Problem, VerificationError
 from pipeline.numerics.dtypes import config_name
 from pipeline.planning.adapters import Member
 from pipeline.planning.plan import Plan
@@ -116,6 +118,34 @@ def prepare(plan: Plan, output: Store, *, overwrite: bool, continues: bool = Fal
     write_json(output, SUMMARY, _summary(plan))
     write_json(output, PLAN, plan.to_json())
     return state
+
+
+def untried(plan: Plan, output: Store) -> Iterator[Problem]:
+    """Yield what would end a merge into a folder when it begins to write there, as far as it shows without writing.
+
+    Args:
+        plan: The plan.
+        output: The folder; it is only looked at.
+
+    Raises:
+        StorageError: It cannot be looked at.
+    """
+    paths, where = output.list(), f"output {output.location()}"
+    try:
+        check_room(plan, output, paths)
+    except BudgetError as error:
+        yield from error.problems
+    if output.is_local:
+        place = Path(output.location())
+        above = next(folder for folder in (place, *place.parents) if folder.exists())
+        if not above.is_dir():
+            yield Problem(what=f"cannot be made: {above} is no folder", where=where, remedy="choose another folder")
+        elif not os.access(above, os.W_OK | os.X_OK):
+            yield Problem(what=f"may not be written, nor may {above}", where=where, remedy="check the permissions")
+    elif not paths:
+        # An empty prefix and a bucket that does not exist look the same.
+        remedy = "a merge finds out when it begins; a plan writes nothing"
+        yield Problem(what="nothing is there yet, so it may not exist or not be writable", where=where, remedy=remedy)
 
 
 def missing_side_files(output: Store, paths: Sequence[str]) -> list[str]:

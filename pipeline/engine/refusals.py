@@ -6,14 +6,15 @@ Reads only.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from pipeline.engine.run_folder import SUMMARY, read_json
 from pipeline.errors import BudgetError, ClaimedError, OutputError, Problem, VerificationError
 from pipeline.planning.plan import Plan
-from pipeline.storage import Store
+from pipeline.storage import Store, is_writable, place_of
 from pipeline.units import format_bytes
 
 # Room beside the weights for statistics, tokenizer and reports.
@@ -21,15 +22,21 @@ _EXTRA_BYTES = 64_000_000
 
 
 def refuse_inputs(plan: Plan, output: Store) -> None:
-    """Raise when the output folder is the folder of an input, holds one, or lies in one.
+    """Raise when the output cannot be written at all, is the folder of an input, holds one, or lies in one.
 
     Raises:
-        OutputError: Names the input.
+        OutputError: Names the input, or the scheme.
     """
-    place = _place(output.url)
+    if not is_writable(output.url):
+        raise OutputError(
+            Problem(
+                what="http cannot be written",
+                where=f"output {output.location()}",
+                remedy="choose a folder or an object store",
+            )
+        )
     for item in plan.inputs:
-        source = _place(item.url)
-        if place.startswith(source) or source.startswith(place):
+        if _overlap(output.url, item.url):
             raise OutputError(
                 Problem(
                     what=f"overlaps with the folder of model {item.name}, {item.url}",
@@ -39,10 +46,28 @@ def refuse_inputs(plan: Plan, output: Store) -> None:
             )
 
 
-def _place(url: str) -> str:
-    """Return a folder with one slash at its end; of a local one its real path, so that no link hides an input."""
-    real = url if "://" in url else os.path.realpath(url)
-    return real.rstrip("/") + "/"
+def _overlap(output: str, source: str) -> bool:
+    """Return whether two folders are one, or one holds the other, however they are spelled.
+
+    Args:
+        output: A URL.
+        source: A URL.
+    """
+    written, read = place_of(output), place_of(source)
+    if written.startswith(read) or read.startswith(written):
+        return True
+    # One folder mounted at two places has two paths.
+    return "://" not in written + read and (_holds(read, written) or _holds(written, read))
+
+
+def _holds(folder: str, inner: str) -> bool:
+    """Return whether an existing folder of this machine is another or above it, by the disk's own numbers."""
+    for above in (Path(inner), *Path(inner).parents):
+        # What is not there, or may not be looked at, is no folder that could be written.
+        with suppress(OSError):
+            if above.samefile(folder):
+                return True
+    return False
 
 
 def occupied(plan: Plan, output: Store, existing: Mapping[str, object] | None) -> Problem:

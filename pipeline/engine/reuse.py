@@ -31,7 +31,7 @@ from pipeline.engine.run_folder import (
 from pipeline.errors import OutputError, Problem
 from pipeline.events import Listener, Note
 from pipeline.planning.plan import PLAN_SCHEMA, Plan
-from pipeline.storage import Store
+from pipeline.storage import Store, place_of
 
 # What of the settings has a say in the statistics.
 _SETTINGS = ("cast", "non_finite", "measured")
@@ -88,7 +88,7 @@ def refuse_useless(earlier: Store, output: Store) -> None:
     Raises:
         OutputError: It has no plan, or it is where the merge will write.
     """
-    if earlier.url.rstrip("/") == output.url.rstrip("/"):
+    if place_of(earlier.url) == place_of(output.url):
         remedy = "name another merge's folder; a merge that goes on has its own distances anyway"
         raise OutputError(Problem(what="is the output itself", where=earlier.location(), remedy=remedy))
     if read_json(earlier, PLAN) is None:

@@ -5,6 +5,7 @@ Owns what `geomerge status` reports. A few small objects are read, whatever the 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,13 @@ from pipeline.engine.output import KINDS, is_committed, written_markers
 from pipeline.engine.run_folder import MEASURED, PLAN, SOLUTIONS, SUMMARY, WRITTEN, marked, read_json
 from pipeline.engine.runs import Run, newest_run, seen_to_live
 from pipeline.errors import OutputError, Problem, VerificationError
-from pipeline.storage import Store
+from pipeline.storage import MissingObject, Store
 
+# A plan up to this size is read whole to see that it can be; of a larger one, which may have hundreds of megabytes, the
+# ends are looked at: what was cut shows there.
+_READ_PLAN_BYTES = 1_000_000
+# Bytes of each end: the brace and the white space beside it.
+_END_BYTES = 16
 # Intervals that a run of another machine is watched for a sign of life: it gives one in each, and half is for the way.
 _WATCHED_INTERVALS = 1.5
 # What the run file says of its progress, and what is said when no run is there: texts and numbers.
@@ -96,7 +102,9 @@ class _Planned:
 
 
 def _planned(output: Store) -> _Planned | None:
-    """Return what the summary says of the plan, or else the plan; None when both are damaged."""
+    """Return what the summary says of the plan, or else the plan; None when the plan is damaged: a merge needs it."""
+    if not _plan_is_whole(output):
+        return None
     for path in (SUMMARY, PLAN):
         try:
             found = _parsed(read_json(output, path) or {})
@@ -105,6 +113,20 @@ def _planned(output: Store) -> _Planned | None:
         if found is not None:
             return found
     return None
+
+
+def _plan_is_whole(output: Store) -> bool:
+    """Return whether the plan looks like a JSON object; True when it is gone by now."""
+    try:
+        size_bytes = output.stat(PLAN).size_bytes
+        if size_bytes > _READ_PLAN_BYTES:
+            first, last = output.read(PLAN, 0, _END_BYTES), output.read(PLAN, size_bytes - _END_BYTES, size_bytes)
+            return first.lstrip().startswith(b"{") and last.rstrip().endswith(b"}")
+        return isinstance(json.loads(output.read(PLAN)), dict)
+    except MissingObject:
+        return True
+    except (ValueError, RecursionError):  # no UTF-8, no JSON, or brackets without end
+        return False
 
 
 def _parsed(plan: Mapping[str, Any]) -> _Planned | None:

@@ -1,19 +1,19 @@
 """A batch of merges for people and programs: its events, and its summary as a table.
 
-Owns how a batch looks. Must not know how one is run.
+Owns how a batch looks. Must not know how one is run. The table's library is loaded when there is one to show.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from pipeline.events import Event
 from pipeline.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,24 +45,26 @@ class RecipeEnded(Event):
 
 
 def batch_view(summary: Mapping[str, Any]) -> Iterator[str | Table]:
-    """Yield a batch that ended: one row a recipe, and a line of counts."""
+    """Yield a batch that ended: one row a recipe, and a line of counts.
+
+    Errors are told when they come up, and kept in the summary: a column would break their URLs.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table()
     for name in ("recipe", "state"):
         table.add_column(name)
     for name in ("time", "read", "written"):
         table.add_column(name, justify="right", no_wrap=True)
-    failed = any(merge["error"] for merge in summary["merges"])
-    if failed:
-        table.add_column("error", overflow="fold")
     for merge in summary["merges"]:
         cells = [
             merge["recipe"],
             merge["state"],
             format_seconds(merge["seconds"]) if merge["started"] else "",
             *(format_bytes(merge[key]) if merge[key] else "" for key in ("bytes_read", "bytes_written")),
-            *([merge["error"]] if failed else []),
         ]
-        # As text: names and errors may hold square brackets.
+        # As text: names may hold square brackets.
         table.add_row(*(Text(cell) for cell in cells))
     yield table
     counts = ", ".join(f"{count} {state}" for state, count in summary["counts"].items() if count)

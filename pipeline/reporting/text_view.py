@@ -6,12 +6,12 @@ Owns the wording on standard output. Must not print: it returns lines and tables
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
-
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from pipeline.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 # Rows of a list before the rest is counted.
 _ROWS = 12
@@ -27,6 +27,9 @@ def report_view(report: Mapping[str, Any], output: str) -> Iterator[str | Table]
         output: The output as the user named it.
     """
     groups = report["groups"]
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(title=f"{report['method']} of {counted(len(report['models']), 'model')}")
     table.add_column("model")
     table.add_column("weight", justify="right")
@@ -46,8 +49,9 @@ def report_view(report: Mapping[str, Any], output: str) -> Iterator[str | Table]
     yield (
         f"{output}: {_findings(report)}{counted(len(groups), 'group')},"
         f" {counted(len(report['files']), 'file')}{resumed},"
-        f" {format_bytes(report['bytes_written'])} written, {counted(report['passes'], 'pass')} over the inputs,"
-        f" {format_seconds(sum(report['seconds'].values()))}"
+        # Also said of a merge that was found finished, so not as if it were done just now.
+        f" {format_bytes(report['bytes_written'])}; the run that committed it took"
+        f" {counted(report['passes'], 'pass')} over the inputs, {format_seconds(sum(report['seconds'].values()))}"
     )
 
 
@@ -71,8 +75,7 @@ def plan_view(summary: Mapping[str, Any]) -> Iterator[str]:
     yield f"groups   {len(summary['groups'])}: " + _listed([group["name"] for group in summary["groups"]])
     yield (
         f"read     {format_bytes(summary['bytes_to_read'])} in {counted(summary['passes'], 'pass')};"
-        f" write {format_bytes(summary['bytes_to_write'])} in {counted(len(summary['files']), 'file')}: "
-        + _listed([f"{file['name']} {format_bytes(file['bytes'])}" for file in summary["files"]])
+        f" write {format_bytes(summary['bytes_to_write'])} in {_sized([file['bytes'] for file in summary['files']])}"
     )
     memory = summary["memory_per_worker"]
     terms = " + ".join(f"{name} {format_bytes(size)}" for name, size in memory["terms"].items())
@@ -100,10 +103,15 @@ def status_view(result: Mapping[str, Any]) -> Iterator[str]:
         f" {format_bytes(result['bytes_written'])} of {format_bytes(result['bytes'])}"
     )
     run = result["run"]
+    if result["state"] == "damaged" and not (run and run["alive"]):
+        whole = result["fingerprint"] is not None
+        yield (
+            "  the same command writes what is gone" if whole else "  the plan cannot be read; --overwrite starts again"
+        )
     if run is None:
         return
     if run["alive"]:
-        yield f"  {_pace(result)}"
+        yield f"  at the last sign of life {_pace(result)}"
     if result["waiting_for"]:
         yield f"  waits for {result['waiting_for']}"
     if result["state"] == "failed":
@@ -112,17 +120,22 @@ def status_view(result: Mapping[str, Any]) -> Iterator[str]:
         f"  process {run['pid']} on {run['host']}, since {run['started']},"
         f" last sign of life {result['last_sign_of_life']}"
     )
-    if result["state"] in ("interrupted", "failed"):
+    # An error that asks for --overwrite says itself what to do.
+    if result["state"] in ("interrupted", "failed") and "--overwrite" not in (result["error"] or ""):
         yield "  the same command resumes"
 
 
 def _pace(result: Mapping[str, Any]) -> str:
-    """Return what a run does now, how fast, and how long it will take."""
+    """Return what a run does, how fast, and how long it will take.
+
+    Files that are measured and written are counted anew by whoever looks, so they are not told once more as the run
+    knew them then.
+    """
     iteration = f", iteration {result['iteration']}" if result["iteration"] else ""
     parts = []
     if result["total_bytes"]:
         parts.append(f"{format_bytes(result['done_bytes'])} of {format_bytes(result['total_bytes'])}")
-    if result["files_total"]:
+    if result["files_total"] and result["phase"] not in ("measure", "write"):
         parts.append(f"{result['files_done']} of {counted(result['files_total'], 'file')}")
     if result["rate"] is not None:
         parts.append(f"{format_bytes(result['rate'])}/s")
@@ -142,6 +155,9 @@ def methods_view(found: Mapping[str, Any]) -> Iterator[str]:
 def cleaned_view(result: Mapping[str, Any]) -> Iterator[str | Table]:
     """Yield what lay unfinished below a URL and what became of it."""
     if result["found"]:
+        from rich.table import Table
+        from rich.text import Text
+
         table = Table()
         for name in ("path", "kind"):
             table.add_column(name, overflow="fold")
@@ -161,6 +177,12 @@ def counted(number: float, noun: str) -> str:
     """Return a number with its noun: "1 file", "2 files", "1.8 passes"."""
     plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
     return f"{number:g} {noun if number == 1 else plural}"
+
+
+def _sized(sizes: Sequence[int]) -> str:
+    """Return how many files there are and how large: "2 files of 5 GB", "3 files of 1.2 MB to 5 GB"."""
+    least, most = (format_bytes(size) for size in (min(sizes), max(sizes)))
+    return f"{counted(len(sizes), 'file')} of {least}" + (f" to {most}" if most != least else "")
 
 
 def _listed(items: Sequence[str]) -> str:

@@ -20,7 +20,8 @@ from pipeline.events import (
 from pipeline.reporting import progress
 from pipeline.reporting.batch_view import RecipeEnded, RecipeStarted
 from pipeline.reporting.json_lines import JsonLines
-from pipeline.reporting.progress import CHOICES, LogLines, TerminalProgress, listening
+from pipeline.reporting.progress import CHOICES, LogLines, listening
+from pipeline.reporting.terminal import TerminalProgress
 
 STORY: list[Event] = [
     Note(text="no base_model"),

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.reporting.batch_view import batch_view
-from pipeline.reporting.text_view import cleaned_view, report_view, status_view
+from pipeline.reporting.text_view import cleaned_view, plan_view, report_view, status_view
 
 STATUS: dict[str, Any] = {
     "output": "/out", "state": "measuring", "method": "linear", "fingerprint": "f", "files": 8, "files_measured": 2,
@@ -36,7 +36,7 @@ def printed(parts: list[str | Table], width: int = 200) -> str:
 
 def test_a_run_that_lives_tells_its_pace() -> None:
     assert list(status_view(STATUS)) == [
-        COUNTS, "  measure: 2.5 MB of 30 MB, 2 of 8 files, 500 KB/s, 55 s left", WHO
+        COUNTS, "  at the last sign of life measure: 2.5 MB of 30 MB, 500 KB/s, 55 s left", WHO
     ]  # fmt: skip
 
 
@@ -44,13 +44,13 @@ def test_a_run_tells_what_it_waits_for_and_its_iteration() -> None:
     waiting = "worker 2 on 10.0.0.3: no sign of life for 35 s; started again"
     found = {**STATUS, "phase": "solve", "iteration": 12, "rate": None, "seconds_left": None, "waiting_for": waiting}
     assert list(status_view(found))[1:3] == [
-        "  solve, iteration 12: 2.5 MB of 30 MB, 2 of 8 files", f"  waits for {waiting}"
+        "  at the last sign of life solve, iteration 12: 2.5 MB of 30 MB, 2 of 8 files", f"  waits for {waiting}"
     ]  # fmt: skip
 
 
 def test_a_run_between_passes_has_no_numbers() -> None:
     found = {**STATUS, "phase": "start", **dict.fromkeys(("rate", "seconds_left"))}
-    assert list(status_view({**found, "total_bytes": 0, "files_total": 0}))[1] == "  start"
+    assert list(status_view({**found, "total_bytes": 0, "files_total": 0}))[1] == "  at the last sign of life start"
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,21 @@ def test_a_run_that_ended_says_why_and_how_to_go_on(state: str, error: str | Non
     assert list(status_view(found)) == [*wanted, "  the same command resumes"]
 
 
+def test_an_error_that_asks_for_overwrite_is_not_followed_by_another_remedy() -> None:
+    gone = {**STATUS["run"], "alive": False}
+    found = {**STATUS, "state": "failed", "error": "model m: changed (start again with --overwrite)", "run": gone}
+    assert list(status_view(found))[-1] == WHO
+    assert list(status_view({**found, "error": None}))[-1] == "  the same command resumes"
+
+
 def test_a_finished_merge_is_one_line() -> None:
     assert list(status_view(NO_RUN)) == ["/out: committed; 2 measured and 8 written of 8 files, 10 MB of 10 MB"]
+
+
+def test_a_damaged_merge_says_how_to_mend_it() -> None:
+    assert list(status_view({**NO_RUN, "state": "damaged"}))[1:] == ["  the same command writes what is gone"]
+    lost = {**NO_RUN, "state": "damaged", "fingerprint": None}
+    assert list(status_view(lost))[1:] == ["  the plan cannot be read; --overwrite starts again"]
 
 
 def test_names_are_printed_as_they_are() -> None:
@@ -74,7 +87,26 @@ def test_names_are_printed_as_they_are() -> None:
         "method": "linear", "groups": [group], "models": [{"model": "models/[bold]x[/bold]"}], "weights": [1.0],
         "rank": None, "resumed_files": 0, "bytes_written": 1, "files": [{}], "passes": 1.0, "seconds": {"write": 1.0},
     }  # fmt: skip
-    assert "models/[bold]x[/bold]" in printed(list(report_view(report, "out")))
+    text = printed(list(report_view(report, "out")))
+    assert "models/[bold]x[/bold]" in text
+    # True of a merge that was found finished, too.
+    assert text.endswith("out: 1 group, 1 file, 1 B; the run that committed it took 1 pass over the inputs, 1 s\n")
+
+
+def test_the_files_of_a_plan_are_counted_and_their_sizes_bounded() -> None:
+    plan = {
+        "method": "linear", "models": ["a"], "scope": "model", "tensors": 1, "elements": 1, "chunks": 1, "notes": [],
+        "groups": [{"name": "all"}], "bytes_to_read": 9, "bytes_to_write": 8_000_000, "passes": 1.0, "seconds": {},
+        "memory_per_worker": {"total": 1, "terms": {}},
+    }  # fmt: skip
+    for sizes, words in (
+        ([1_200_000, 5_000_000, 1_800_000], "in 3 files of 1.2 MB to 5 MB"),
+        ([4_000_000, 4_000_000], "in 2 files of 4 MB"),
+        ([8_000_000], "in 1 file of 8 MB"),
+    ):
+        files = [{"name": f"model-{number}", "bytes": size} for number, size in enumerate(sizes)]
+        read = list(plan_view({**plan, "files": files}))[2]
+        assert read == f"read     9 B in 1 pass; write 8 MB {words}"
 
 
 def row(recipe: str, state: str, **facts: Any) -> dict[str, Any]:
@@ -97,12 +129,11 @@ def test_a_batch_is_a_table_and_a_line() -> None:
     assert last == "/out: 3 recipes, 1 committed, 1 failed, 1 not started, 1 min 15 s"
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
     assert cells == [
-        ["chat", "committed", "1 min 02 s", "3 MB", "1 MB", ""],
-        ["code", "failed", "2 s", "", "", "model [m]: has a NaN"],
-        ["law", "not started", "", "", "", ""],
+        ["chat", "committed", "1 min 02 s", "3 MB", "1 MB"],
+        ["code", "failed", "2 s", "", ""],
+        ["law", "not started", "", "", ""],
     ]
     good = {**summary, "merges": summary["merges"][:1], "counts": {"committed": 1}}
-    assert "error" not in printed(list(batch_view(good)))
     assert "1 recipe, 1 committed" in printed(list(batch_view(good)))
 
 

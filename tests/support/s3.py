@@ -57,6 +57,8 @@ class S3Server:
             str(Path(sys.executable).with_name("weed")), "server", f"-dir={folder}", "-ip=127.0.0.1",
             "-ip.bind=127.0.0.1", "-filer", "-s3", f"-s3.config={folder / 's3.json'}", "-volume.max=0",
             "-master.volumeSizeLimitMB=1024", "-master.telemetry=false",
+            # Its other services listen at fixed ports, where two servers of one machine would meet.
+            "-s3.port.iceberg=0", "-s3.port.lance=0",
             # A master that was killed waits so long for others before it goes on alone; ten seconds by default.
             "-master.electionTimeout=1s",
             *(f"-{role}.port={port}" for role, port in zip(_ROLES, ports, strict=True)),

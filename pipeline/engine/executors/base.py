@@ -38,6 +38,18 @@ class Executor(Protocol):
 
     name: str
 
+    def reach(self, *, workers: int, memory_bytes: int) -> None:
+        """Make sure that there is a place for workers, within seconds; called before an output is claimed.
+
+        Args:
+            workers: How many there will be.
+            memory_bytes: What each of them may take.
+
+        Raises:
+            WorkerError: There is none.
+        """
+        ...
+
     def start(self, job: Job, shards: Sequence[Sequence[int]]) -> None:
         """Start one worker a shard; on a started executor, give its workers another job.
 

@@ -34,6 +34,9 @@ class LocalExecutor:
         self._threads: list[threading.Thread] = []
         self._bracket = ExitStack()
 
+    def reach(self, *, workers: int, memory_bytes: int) -> None:
+        """Do nothing: this process is there."""
+
     def start(self, job: Job, shards: Sequence[Sequence[int]]) -> None:
         """Start one worker a shard, instead of those of an earlier job."""
         self.close()

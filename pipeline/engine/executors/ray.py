@@ -63,6 +63,11 @@ class RayExecutor:
         self._passes = 0
         self._told_bytes = 0
 
+    def reach(self, *, workers: int, memory_bytes: int) -> None:
+        """Connect to the cluster, if it is one that was there before; what is started here is started with a job."""
+        if ray_nodes.cluster_address(self._address) not in (None, "local"):
+            self._connect(workers, memory_bytes)
+
     def start(self, job: Job, shards: Sequence[Sequence[int]]) -> None:
         """Connect, and start or keep one actor a shard, spread over nodes; begin with those that are up in time."""
         self._connect(len(shards), job.memory.total_bytes)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RaySystemError
+from ray.exceptions import AuthenticationError, RaySystemError
 
-from pipeline.errors import Problem, WorkerError
+from pipeline.engine.executors.ray_reach import refused, require_reachable
 from pipeline.units import format_bytes
 
 
@@ -45,6 +45,16 @@ class Ask:
         return f"1 CPU, {format_bytes(self.memory_bytes)} memory{gpus}"
 
 
+def cluster_address(address: str | None) -> str | None:
+    """Return the address of the cluster that `connect` would join, or None when it would start one here.
+
+    Args:
+        address: What was asked for.
+    """
+    # Ray sets this for the entrypoint of a submitted job.
+    return address or os.environ.get("RAY_ADDRESS") or None
+
+
 def connect(address: str | None, *, workers: int, memory_bytes: int) -> bool:
     """Connect to a cluster unless this process is connected; return whether Ray was started here for it.
 
@@ -54,13 +64,12 @@ def connect(address: str | None, *, workers: int, memory_bytes: int) -> bool:
         memory_bytes: What each of them may take.
 
     Raises:
-        WorkerError: There is none at the address.
+        WorkerError: There is none at the address, or it wants a token.
     """
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray sets this for the entrypoint of a submitted job.
-    inside = address or os.environ.get("RAY_ADDRESS")
+    inside = cluster_address(address)
     given: dict[str, Any] = {"address": address}
     if not inside:
         given = {
@@ -70,17 +79,13 @@ def connect(address: str | None, *, workers: int, memory_bytes: int) -> bool:
             # Ray would give the workers a part of this machine's memory; the budget is the user's word.
             "_memory": workers * memory_bytes,
         }
+    else:
+        require_reachable(inside)
     on_term = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(log_to_driver=False, logging_level="warning", **given)
-    except (ConnectionError, RuntimeError, ValueError, RaySystemError) as error:
-        raise WorkerError(
-            Problem(
-                what=f"cannot connect to Ray: {error}",
-                where=f"address {inside or 'local'}",
-                remedy="start the cluster, or correct --address",
-            )
-        ) from error
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError, RaySystemError) as error:
+        raise refused(error, inside or "local") from error
     if on_term is not None and threading.current_thread() is threading.main_thread():
         # Ray puts its own handler there, which ends the process before anything is put in order.
         signal.signal(signal.SIGTERM, on_term)
