@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,9 @@ _NOT_ISOLATED = pytest.StashKey[str]()
 
 def pytest_configure(config: pytest.Config) -> None:
     """Take the whole run off the network, before anything of it opens a socket: its servers are nobody else's."""
+    # A shell starts what runs in the background with both ignored, and every process of the tests would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     config.stash[_NOT_ISOLATED] = enter_namespace()
 
 

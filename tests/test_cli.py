@@ -179,7 +179,8 @@ def test_a_plan_opens_the_output_as_a_merge_does(family: Family, monkeypatch: py
 def test_a_plan_measures_rates_when_none_is_given(family: Family) -> None:
     found = document(run("plan", family.recipe(name="rates.yaml"), family.root / "planned", "--json"))
     assert found["rates"].startswith("measured: ")
-    assert set(found["seconds"]) == {"start", "measure", "write"}
+    # The start of this process says nothing once it is old.
+    assert set(found["seconds"]) - {"start"} == {"measure", "write"}
     assert not (family.root / "planned").exists()
 
 

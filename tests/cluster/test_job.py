@@ -40,7 +40,7 @@ def test_a_submitted_merge(cluster: Cluster, bucket: Bucket) -> None:
     listed = cluster.run("ray", "job", "list").stdout
     logged = json.dumps(cluster.ask("/api/jobs/whole/logs"))
     assert "whole" in listed
-    assert "written" in logged
+    assert "the run that committed it" in logged
     assert any("raylet" in command for command in commands)
     shown = [done.stdout, done.stderr, status.stdout, listed, logged, *commands]
     shown += [json.dumps(cluster.ask(path)) for path in ("/api/jobs/", "/api/v0/actors", "/api/v0/jobs")]
@@ -94,21 +94,28 @@ def test_a_merge_is_counted_at_its_node(cluster: Cluster, bucket: Bucket, driver
     assert counted["requests"] > len(report["files"])
 
 
-# Prints on how many nodes the workers of a job would start, what is left of the groups, and what is free after it.
+# Prints on how many nodes the workers of a job would start, and what is left of the groups.
 SPREAD = """
-import collections, json, ray
+import collections, json, ray, time
 from ray.util.placement_group import placement_group_table
 from pipeline.engine.executors.ray_nodes import Ask
 from pipeline.engine.executors.ray_spread import places
 ray.init("auto", logging_level="error")
 ask = Ask(memory_bytes=1 << 20, gpus=0)
+deadline = time.monotonic() + 100
+while ray.available_resources().get("CPU", 0) < 4 and time.monotonic() < deadline:
+    time.sleep(0.5)
 found = {workers: sorted(collections.Counter(places(ask, workers)).values()) for workers in (1, 2, 3, 4, 5)}
 left = sorted({group["state"] for group in placement_group_table().values()})
 print(json.dumps({"found": found, "left": left}))
 """
 
 
-def test_a_jobs_workers_start_evenly_on_the_nodes_that_have_room_for_all(cluster: Cluster) -> None:
+def test_a_jobs_workers_start_evenly_on_the_nodes_that_have_room_for_all(
+    cluster: Cluster, kept_driver: DriverProcess
+) -> None:
+    # Its workers would stay.
+    kept_driver.kill()
     done = cluster.run("python", "-c", SPREAD)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])
