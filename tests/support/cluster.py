@@ -44,6 +44,8 @@ _SETTINGS = {
     # What else runs on this machine may fill its memory; nothing here is to die of that.
     "RAY_memory_monitor_refresh_ms": "0",
 }
+# How a head answers whose agent for jobs is not up yet, seconds after the nodes are.
+_TOO_YOUNG = "No available agent to submit job"
 # Ray's own processes that are called as if they were a user's.
 _NOT_ACTORS = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::JobSupervisor")
 
@@ -156,10 +158,20 @@ class Cluster:
         return str(client.get_job_status(submission).value)
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """Run a command as a user of the cluster does."""
-        return subprocess.run(
-            command, env=self.user_environment, cwd=self._folder, capture_output=True, text=True, timeout=_PATIENCE_S
-        )
+        """Run a command as a user of the cluster does; once more while the cluster is too young to take a job."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while True:
+            done = subprocess.run(
+                command,
+                env=self.user_environment,
+                cwd=self._folder,
+                capture_output=True,
+                text=True,
+                timeout=_PATIENCE_S,
+            )
+            if _TOO_YOUNG not in done.stderr or time.monotonic() > deadline:
+                return done
+            time.sleep(1)
 
     @property
     def user_environment(self) -> dict[str, str]:
