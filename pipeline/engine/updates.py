@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -49,6 +50,8 @@ class TensorCache(Generic[T]):
         finally:
             with self._lock:
                 entry.users -= 1
-                idle = [other for other, held in self._entries.items() if held.users == 0 and other != tensor]
-                for other in idle:
-                    del self._entries[other]
+                # Those before it only: a chunk that ends late must not take what its followers are in the midst of.
+                before = list(takewhile(lambda other: other != tensor, self._entries))
+                for other in before:
+                    if self._entries[other].users == 0:
+                        del self._entries[other]
