@@ -110,6 +110,17 @@ def totals(results: dict[int, Any]) -> list[list[float]]:
     return [results[file][0].total().tolist() for file in sorted(results)]
 
 
+STRIKE = """
+import os
+for mark in marks:
+    try:
+        os.mkdir(mark)
+    except FileExistsError:
+        continue
+    os._exit(9)
+"""
+
+
 class Deadly:
     """Arguments that end the process they arrive in, the first so many times; then they are what they stand for."""
 
@@ -118,10 +129,10 @@ class Deadly:
         self._marks, self._value, self._times = marks, value, times
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Builtins only: the actor's process need not know this module.
-        text = "next((os._exit(9) for mark in marks if (not os.path.exists(mark)) and os.mkdir(mark) is None), value)"
+        # Builtins only: the actor's process need not know this module. Several may decode it at once: whoever can make
+        # a mark ends.
         marks = [str(self._marks / str(number)) for number in range(self._times)]
-        return eval, (text, {"os": os, "marks": marks, "value": self._value})
+        return eval, ("(exec(strike), value)[1]", {"strike": STRIKE, "marks": marks, "value": self._value})
 
     @property
     def struck(self) -> int:
