@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from pipeline.checkpoints.header import Header, TensorEntry, read_header
 from pipeline.checkpoints.json_text import is_plain_text, parse_object, refusal
+from pipeline.checkpoints.statistics_facts import COMPLETE_FILE, FORMAT, SUFFIX
 from pipeline.errors import CheckpointError, Problem, StorageError
 from pipeline.storage import MissingObject, Store, open_store
 from pipeline.storage.base import checked_path
@@ -105,6 +106,9 @@ def _open(store: Store, single: str) -> Checkpoint:
     index = None if single else _read_index(store)
     paths = tuple(sorted(set(index.values()))) if index is not None else (single or _single_file(store),)
     headers = _read_headers(store, paths)
+    for path, header in zip(paths, headers, strict=True):
+        if header.metadata.get("format") == FORMAT:
+            raise _statistics_refusal(store.location(path))
     if index is not None:
         _check_index(store, index, dict(zip(paths, headers, strict=True)))
     return Checkpoint(
@@ -192,6 +196,9 @@ def _single_file(store: Store) -> str:
     if len(candidates) == 1:
         return candidates[0]
     where = store.location()
+    # A file of statistics named directly looks like an empty folder.
+    if not candidates and (COMPLETE_FILE in names or any(name.endswith(SUFFIX) for name in names or (where,))):
+        raise _statistics_refusal(where)
     if candidates:
         raise refusal(
             where,
@@ -208,6 +215,11 @@ def _single_file(store: Store) -> str:
     if names:
         raise refusal(where, f"has no {SINGLE_FILE} and no {INDEX_FILE}", "point to the folder that has them")
     raise refusal(where, "is empty or does not exist", WHERE_MODELS_ARE[store.is_local])
+
+
+def _statistics_refusal(where: str) -> CheckpointError:
+    """Return the error for second moments in the place of weights: a merge of them would run and mean nothing."""
+    return refusal(where, "holds statistics, which are no weights", "name the model's folder here")
 
 
 def _read_headers(store: Store, paths: tuple[str, ...]) -> tuple[Header, ...]:
