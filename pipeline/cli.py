@@ -1,4 +1,4 @@
-"""The command line: `geomerge merge|batch|plan|verify|status|clean|methods|schema`.
+"""The command line: `geomerge merge|batch|plan|verify|status|clean|calibrate|methods|schema`.
 
 Owns arguments, exit codes, and what goes to which stream: with --json one document to stdout, everything else
 to stderr. The texts live in `pipeline.reporting`.
@@ -11,79 +11,21 @@ import logging
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
-from typing import Any, NoReturn, TextIO, TypeVar
+from typing import Any, NoReturn, TextIO
 
 import click
 
-from pipeline import __version__, signals
+from pipeline import __version__, cli_options, signals
 from pipeline.errors import PipelineError, Problem
 from pipeline.events import Event, Listener
-from pipeline.units import parse_bytes, parse_seconds
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 # Every option of the command line; a test compares them with what click knows, so that none is added by accident.
 OPTIONS = (
     *("--executor", "--address", "--workers", "--memory", "--device", "--overwrite", "--json", "--progress"),
     *("--older-than", "--dry-run", "--reuse"),
+    *("--statistics", "--labels", "--task", "--examples", "--max-length", "--batch", "--reduction", "--seed"),
+    *("--text-field", "--label-field", "--scratch"),
 )
-
-
-class _Size(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
-    """A size such as 4GB."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return parse_bytes(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-class _Duration(click.ParamType):  # type: ignore[type-arg]
-    """A duration such as 1h."""
-
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            return parse_seconds(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-def _resources(command: F) -> F:
-    """Add the options that say where a merge runs and with what."""
-    for option in (
-        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to compute."),
-        click.option("--memory", type=_Size(), default="4GB", show_default=True, help="What each worker may hold."),
-        click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="How many workers."),
-        click.option("--address", help="A Ray cluster's address."),
-        click.option(
-            "--executor",
-            type=click.Choice(["auto", "local", "ray"]),
-            default="auto",
-            show_default=True,
-            help="auto: Ray inside a Ray job or with --address, else this process.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def _json(command: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")(command)
-
-
-def _progress(command: F) -> F:
-    return click.option(
-        "--progress",
-        type=click.Choice(["auto", "bar", "lines", "json"]),
-        default="auto",
-        show_default=True,
-        help="On stderr. auto: a bar on a terminal, else lines; json: one event a line.",
-    )(command)
 
 
 class _Main(click.Group):
@@ -113,11 +55,11 @@ def main() -> None:
 @main.command(short_help="Merge the models of RECIPE into OUTPUT.")
 @click.argument("recipe")
 @click.argument("output")
-@_resources
+@cli_options.resources
 @click.option("--overwrite", is_flag=True, help="Start again: replace any merge or model in OUTPUT.")
 @click.option("--reuse", multiple=True, metavar="URL", help="An earlier merge of these models, to measure less.")
-@_progress
-@_json
+@cli_options.progress
+@cli_options.as_json
 def merge(recipe: str, output: str, overwrite: bool, progress: str, as_json: bool, **options: Any) -> None:
     """Merge the models of RECIPE into the folder OUTPUT; run again to resume."""
 
@@ -137,10 +79,10 @@ def merge(recipe: str, output: str, overwrite: bool, progress: str, as_json: boo
 @main.command(short_help="Merge every recipe in RECIPES into OUTPUTS.")
 @click.argument("recipes")
 @click.argument("outputs")
-@_resources
+@cli_options.resources
 @click.option("--overwrite", is_flag=True, help="Replace what was merged from another recipe or other files.")
-@_progress
-@_json
+@cli_options.progress
+@cli_options.as_json
 def batch(recipes: str, outputs: str, overwrite: bool, progress: str, as_json: bool, **options: Any) -> None:
     """Merge every *.yaml and *.yml in the folder RECIPES into a folder of its name in OUTPUTS.
 
@@ -163,8 +105,8 @@ def batch(recipes: str, outputs: str, overwrite: bool, progress: str, as_json: b
 @main.command(short_help="Show what a merge would read, hold and write.")
 @click.argument("recipe")
 @click.argument("output")
-@_resources
-@_json
+@cli_options.resources
+@cli_options.as_json
 def plan(recipe: str, output: str, as_json: bool, **options: Any) -> None:
     """Show what a merge would read, hold, write and take; reads headers, and a second's sample for the rates."""
 
@@ -182,9 +124,38 @@ def plan(recipe: str, output: str, as_json: bool, **options: Any) -> None:
     _emit(summary, as_json, lambda: plan_view(summary))
 
 
+@main.command(short_help="Collect statistics of MODEL from DATA into OUTPUT.")
+@click.argument("model")
+@click.argument("data")
+@click.argument("output")
+@cli_options.calibration
+@cli_options.progress
+@cli_options.as_json
+def calibrate(model: str, data: str, output: str, progress: str, as_json: bool, **options: Any) -> None:
+    """Collect second moments of MODEL from the examples in DATA, for methods that weigh by them.
+
+    OUTPUT is a folder of its own; run again to resume.
+    """
+
+    def body(listener: Listener) -> dict[str, Any]:
+        from pipeline.calibration.settings import Settings
+
+        given = {name: options.pop(name) for name in ("device", "memory", "scratch")}
+        settings = Settings(**options)
+        from pipeline.calibration.command import calibrate as run_calibrate
+
+        places = {"memory_bytes": given["memory"], "device": given["device"], "scratch_url": given["scratch"]}
+        return run_calibrate(model, data, output, settings, listener=listener, **places)
+
+    result = _run_told(body, progress)
+    from pipeline.reporting.calibration_view import calibrated_view
+
+    _emit(result, as_json, lambda: calibrated_view(result))
+
+
 @main.command(short_help="Read a finished OUTPUT again and check it.")
 @click.argument("output")
-@_json
+@cli_options.as_json
 def verify(output: str, as_json: bool) -> None:
     """Read a finished OUTPUT again: headers, checksums, finiteness, names."""
 
@@ -202,7 +173,7 @@ def verify(output: str, as_json: bool) -> None:
 
 @main.command()
 @click.argument("output")
-@_json
+@cli_options.as_json
 def status(output: str, as_json: bool) -> None:
     """Tell how far the merge into OUTPUT is."""
 
@@ -220,9 +191,11 @@ def status(output: str, as_json: bool) -> None:
 
 @main.command(short_help="Remove what killed runs left unfinished below URL.")
 @click.argument("url")
-@click.option("--older-than", type=_Duration(), default="1h", show_default=True, help="Leave alone what is younger.")
+@click.option(
+    "--older-than", type=cli_options.Duration(), default="1h", show_default=True, help="Leave alone what is younger."
+)
 @click.option("--dry-run", is_flag=True, help="Only list it.")
-@_json
+@cli_options.as_json
 def clean(url: str, older_than: float, dry_run: bool, as_json: bool) -> None:
     """Remove unfinished uploads and temporary files of runs that were killed, below the folder or prefix URL.
 
@@ -241,7 +214,7 @@ def clean(url: str, older_than: float, dry_run: bool, as_json: bool) -> None:
 
 
 @main.command()
-@_json
+@cli_options.as_json
 def methods(as_json: bool) -> None:
     """List the merge methods and their parameters."""
 
@@ -267,7 +240,7 @@ def methods(as_json: bool) -> None:
 
 
 @main.command()
-@_json
+@cli_options.as_json
 def schema(as_json: bool) -> None:
     """Print the JSON Schema of a recipe, for editors."""
 

@@ -108,3 +108,9 @@ class OutputError(PipelineError):
 
 class ClaimedError(OutputError):
     """Another run writes into the output folder, or took it over from this one."""
+
+
+class CalibrationError(PipelineError):
+    """The data of a calibration, its model or its settings do not fit each other."""
+
+    exit_code = 10

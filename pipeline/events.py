@@ -24,7 +24,7 @@ class Note(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassStarted(Event):
-    """A pass begins: "measure", "solve" or "write", over that many input bytes and files."""
+    """A pass begins: "measure", "solve", "weigh" or "write", over that many input bytes and files."""
 
     name: str
     total_bytes: int
@@ -69,6 +69,25 @@ class GroupSolved(Event):
     group: str
     iterations: int
     relative_gap: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExamplesSeen(Event):
+    """A stage of a calibration has seen some of its examples."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageEnded(Event):
+    """The statistics of a stage of a calibration are saved: of a layer, or of a pass over all examples."""
+
+    stage: str
+    number: int
+    stages: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

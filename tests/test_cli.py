@@ -38,7 +38,7 @@ from pipeline.units import format_bytes
 from tests.planning.plans import SMALL_SHAPES, small_family
 from tests.support.families import Family, load_folder, save_model
 
-COMMANDS = ["batch", "clean", "merge", "methods", "plan", "schema", "status", "verify"]
+COMMANDS = ["batch", "calibrate", "clean", "merge", "methods", "plan", "schema", "status", "verify"]
 LOCAL = ("--executor", "local")
 
 
@@ -76,7 +76,8 @@ def test_the_options_are_frozen() -> None:
     assert found == set(OPTIONS)
     assert set(OPTIONS) == {
         "--executor", "--address", "--workers", "--memory", "--device", "--overwrite", "--json", "--progress",
-        "--older-than", "--dry-run", "--reuse",
+        "--older-than", "--dry-run", "--reuse", "--statistics", "--labels", "--task", "--examples", "--max-length",
+        "--batch", "--reduction", "--seed", "--text-field", "--label-field", "--scratch",
     }  # fmt: skip
     assert sorted(main.commands) == COMMANDS
 

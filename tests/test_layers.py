@@ -28,9 +28,10 @@ ORDER = (
     ("methods",),
     ("planning",),
     ("engine",),
-    ("reporting",),
+    ("reporting", "calibration"),
     ("merging", "recipe_folder"),
     ("batch", "cleaning"),
+    ("cli_options",),
     ("cli",),
     ("__main__",),
 )
@@ -42,14 +43,15 @@ THIRD_PARTY = {
     "pyarrow": ("checkpoints/",),
     "pydantic": ("recipe/",),
     "yaml": ("recipe/", "reporting/model_card.py"),
-    "torch": ("numerics/", "engine/"),
+    "torch": ("numerics/", "engine/", "calibration/"),
+    "transformers": ("calibration/opening.py", "calibration/layers.py"),
     "numpy": ("numerics/", "methods/", "engine/", "reporting/observations.py"),
     "ml_dtypes": ("numerics/dtypes.py",),
     "xxhash": ("engine/source.py",),
     "llvmlite": ("numerics/vector_code.py",),
     "ray": ("engine/executors/ray",),
     "rich": ("reporting/", "cli.py"),
-    "click": ("cli.py",),
+    "click": ("cli.py", "cli_options.py"),
 }
 
 

@@ -165,6 +165,27 @@ def read_arrays(store: Store, path: str, columns: Sequence[str]) -> Iterator[dic
                 yield {name: _arrays(table[name].chunk(0)) for name in columns}
 
 
+def read_first_rows(store: Store, path: str, limit: int) -> Iterator[dict[str, Any]]:
+    """Yield the first rows of a table as column -> value; row groups behind them are not read.
+
+    Args:
+        store: Where from.
+        path: The file's path there.
+        limit: At most so many rows.
+
+    Raises:
+        MissingObject: There is no such file.
+        VerificationError: It is no readable Parquet file.
+    """
+    with _Reading(store, path) as file:
+        for group in range(file.num_row_groups):
+            if limit <= 0:
+                return
+            rows = file.read_row_group(group).slice(0, limit).to_pylist()
+            limit -= len(rows)
+            yield from rows
+
+
 def read_table_metadata(store: Store, path: str) -> dict[str, str]:
     """Return the text pairs kept with a table; raises as `read_table` does."""
     with _Reading(store, path) as file:

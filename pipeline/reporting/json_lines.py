@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import Any, TextIO
 
 from pipeline.errors import PipelineError
-from pipeline.events import Event, PassProgress, to_json
+from pipeline.events import Event, ExamplesSeen, PassProgress, to_json
 from pipeline.reporting.batch_view import RecipeEnded, RecipeStarted
 
 # Seconds between two lines of one pass's progress: a display follows it, and a log of hours stays small.
@@ -41,7 +41,7 @@ class JsonLines:
 
     def __call__(self, event: Event) -> None:
         """Write an event."""
-        if isinstance(event, PassProgress):
+        if isinstance(event, PassProgress | ExamplesSeen):
             now = time.monotonic()
             if now - self._last < _PROGRESS_S:
                 return

@@ -14,6 +14,7 @@ from typing import TextIO
 from pipeline.events import (
     Committed,
     Event,
+    ExamplesSeen,
     FileWritten,
     GroupSolved,
     Listener,
@@ -21,6 +22,7 @@ from pipeline.events import (
     PassEnded,
     PassProgress,
     PassStarted,
+    StageEnded,
 )
 from pipeline.reporting.batch_view import RecipeEnded, RecipeStarted
 from pipeline.reporting.json_lines import JsonLines
@@ -88,8 +90,11 @@ class LogLines:
                 _LOG.info("wrote %s, %s", event.file, format_bytes(event.size_bytes))
             case Note():
                 _LOG.warning("%s", event.text)
-            case Committed():
+            case Committed() | StageEnded():
                 _LOG.info("%s", event_text(event))
+            case ExamplesSeen() if now - self._last >= _LINE_S:
+                self._last = now
+                _LOG.info("%s: %d of %d examples", event.stage, event.done, event.total)
             case RecipeStarted():
                 self._solved = 0
                 _LOG.info("%s", event)
@@ -113,11 +118,14 @@ def solved_text(event: GroupSolved) -> str:
     return f"solved {event.group}: {event.iterations} iterations, relative gap {event.relative_gap:.1e}"
 
 
-def event_text(event: Note | Committed | RecipeEnded) -> str:
+def event_text(event: Note | Committed | RecipeEnded | StageEnded) -> str:
     """Return an event that is told in any form, in a line."""
     match event:
         case Note():
             return f"note: {event.text}"
         case Committed():
             return f"committed {event.location}"
+        case StageEnded():
+            took = format_seconds(event.seconds)
+            return f"saved the statistics of {event.stage} ({event.number} of {event.stages}) in {took}"
     return str(event)

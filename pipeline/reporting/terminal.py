@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import TransferSpeedColumn as SpeedColumn
 
-from pipeline.events import Committed, Event, GroupSolved, Note, PassEnded, PassProgress, PassStarted
+from pipeline.events import Committed, Event, GroupSolved, Note, PassEnded, PassProgress, PassStarted, StageEnded
 from pipeline.reporting.batch_view import RecipeEnded, RecipeStarted
 from pipeline.reporting.progress import NAMED_GROUPS, event_text, solved_text
 
@@ -52,7 +52,7 @@ class TerminalProgress:
                 self._solved += 1
                 if self._solved <= NAMED_GROUPS:
                     self._print(solved_text(event))
-            case Note() | Committed() | RecipeEnded():
+            case Note() | Committed() | RecipeEnded() | StageEnded():
                 self._print(event_text(event))
             case RecipeStarted():
                 self._clear()

@@ -86,7 +86,7 @@ def test_commands_and_python_run(document: Path, models: Path, tmp_path: Path) -
 
 
 def test_every_option_is_documented() -> None:
-    text = "".join((ROOT / "docs" / name).read_text() for name in ("output.md", "batch.md"))
+    text = "".join((ROOT / "docs" / name).read_text() for name in ("output.md", "batch.md", "statistics.md"))
     assert [option for option in OPTIONS if f"`{option}" not in text] == []
 
 
