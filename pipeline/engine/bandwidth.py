@@ -28,6 +28,7 @@ from pipeline.planning.grid import Chunk
 from pipeline.planning.memory import Memory
 from pipeline.planning.places import chunk_range
 from pipeline.planning.plan import Plan
+from pipeline.planning.system_memory import largest_matrix
 from pipeline.planning.traffic import measured_inputs, merged_inputs, one_read_bytes
 from pipeline.storage import Store, open_store
 from pipeline.storage.page_cache import cached_share, page_cache_bytes
@@ -37,6 +38,8 @@ T = TypeVar("T")
 
 # Seconds that a pass is tried for: longer than a disk's first answers, short enough to wait for.
 _TRIAL_S = 0.7
+# Side of the matrices that products are tried on, and seconds: a trial that fills a core's caches as large ones do.
+_PRODUCT_SIZE, _PRODUCT_S = 512, 0.15
 # Consecutive chunks that are tried together, so that a disk reads as in a merge, and how many such runs at most.
 _RUN_CHUNKS, _MOST_RUNS = 8, 64
 # Shares of a run's bytes in memory from which on it counts as cached, and up to which it counts as not.
@@ -86,7 +89,22 @@ def measure_rates(plan: Plan, memory: Memory, *, workers: int, output: Store | N
         if scratch is not None:
             opened.enter_context(scratch)
         tried = _Passes(plan, worker, scratch)
-        return tried.rates(runs, shares, start_s)
+        rates = tried.rates(runs, shares, start_s)
+        if largest_matrix(plan):
+            rates = dataclasses.replace(rates, operations=threads * _product_rate())
+        return rates
+
+
+def _product_rate() -> float:
+    """Return the floating-point operations a second of one thread in matrix products of float32."""
+    import torch
+
+    matrix = torch.ones((_PRODUCT_SIZE, _PRODUCT_SIZE))
+    product, begun_s, count = torch.mm(matrix, matrix), time.perf_counter(), 0
+    while (elapsed_s := time.perf_counter() - begun_s) < _PRODUCT_S:
+        torch.mm(matrix, matrix, out=product)
+        count += 1
+    return float(2 * _PRODUCT_SIZE**3 * max(1, count) / elapsed_s)
 
 
 def given_rates(bytes_per_second: int) -> Rates:
@@ -184,7 +202,8 @@ class _Passes:
         def done(chunk: Chunk) -> bool:
             tensor = tensors[chunk.tensor]
             start = 0 if tensor.factored else chunk.start
-            return tensor.unchanged or (chunk.tensor, start) in self._checksums
+            known = tensor.unchanged or not self._plan.is_weighed(chunk.tensor)
+            return known or (chunk.tensor, start) in self._checksums
 
         return [[chunk for chunk in run if done(chunk)] for run in runs]
 

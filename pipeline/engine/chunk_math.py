@@ -15,6 +15,7 @@ import numpy as np
 from pipeline.engine.run_folder import ChunkRow, triangle
 from pipeline.engine.solutions import Solution
 from pipeline.engine.source import Loaded
+from pipeline.engine.system_records import SystemRecord
 from pipeline.errors import CheckpointError, Problem, VerificationError
 from pipeline.numerics.devices import Kernels
 from pipeline.numerics.dtypes import config_name
@@ -23,6 +24,7 @@ from pipeline.planning.traffic import dense_inputs, probed_points, written_point
 
 if TYPE_CHECKING:
     from pipeline.numerics.low_rank.factors import LowRank
+    from pipeline.numerics.metric import Metric
 
 # By input index, the updates of one tensor.
 Updates = Mapping[int, "LowRank"]
@@ -36,33 +38,51 @@ class MergedChunk:
         sums: P squared distances from the points, the squared rounding, and how many values of each of the P points
             were replaced by the base's; entries of points that the writing pass does not read are 0. Empty for a copy.
         discarded: Of stored factors, the squared norm that truncation cut off, and the whole.
+        record: Of a system that was solved here, or of a part of one.
     """
 
     data: memoryview
     sums: tuple[float, ...]
     discarded: tuple[float, float] | None = None
+    record: SystemRecord | None = None
 
 
 def measure_chunk(
-    plan: Plan, loaded: Loaded, updates: Updates, checksums: tuple[int, ...], kernels: Kernels
+    plan: Plan,
+    loaded: Loaded,
+    updates: Updates,
+    checksums: tuple[int, ...],
+    kernels: Kernels,
+    metric: Metric | None = None,
 ) -> tuple[ChunkRow, dict[int, int]]:
     """Return a chunk's statistics and, by input index, how many values are not finite.
 
     Where the recipe says `non_finite: base` they are replaced and not counted, except in the base itself.
+
+    Args:
+        plan: The plan.
+        loaded: The chunk.
+        updates: Of its tensor.
+        checksums: Kept with the statistics.
+        kernels: Of the device.
+        metric: The chunk's; None for Euclidean distances.
     """
     chunk = loaded.chunk
     count = len(plan.points)
     if plan.tensors[chunk.tensor].group < 0:
         return chunk_row(plan, chunk.tensor, chunk.start, np.zeros((count, count)), np.zeros(count), checksums), {}
-    points, _ = _points(plan, loaded, plan.points, updates, kernels)
-    result = kernels.pairwise_distances(points)
+    points, _ = chunk_points(plan, loaded, plan.points, updates, kernels)
+    seen, unchanged_P = (points, None) if metric is None else _images(points, metric)
+    result = kernels.pairwise_distances(seen)
     bad: dict[int, int] = {}
     if not np.isfinite(result.distances_PP).all():
         bad = _not_finite_inputs(plan, loaded, plan.points, points, kernels)
         if not bad:
             remedy = "leave out the model that has values above 1e150"
             raise _overflow(plan, loaded, "a distance overflows float64", remedy)
-    row = chunk_row(plan, chunk.tensor, chunk.start, result.distances_PP, result.unchanged_P, checksums)
+    if unchanged_P is None:
+        unchanged_P = result.unchanged_P
+    row = chunk_row(plan, chunk.tensor, chunk.start, result.distances_PP, unchanged_P, checksums)
     return row, bad
 
 
@@ -97,18 +117,32 @@ def chunk_row(
 
 
 def probe_chunk(
-    plan: Plan, loaded: Loaded, updates: Updates, coefficients_QN: np.ndarray, kernels: Kernels
+    plan: Plan,
+    loaded: Loaded,
+    updates: Updates,
+    coefficients_QN: np.ndarray,
+    kernels: Kernels,
+    metric: Metric | None = None,
 ) -> np.ndarray:
     """Return Q·N squared distances and Q·Q products of one chunk, in one row."""
-    points, _ = _points(plan, loaded, probed_points(plan), updates, kernels)
+    points, _ = chunk_points(plan, loaded, probed_points(plan), updates, kernels)
+    if metric is not None:
+        points, _ = _images(points, metric)
     result = kernels.probe(points[len(points) - len(plan.models) :], coefficients_QN)
     return np.concatenate([result.squared_distances_QP.ravel(), result.products_QQ.ravel()])
 
 
 def write_chunk(
-    plan: Plan, loaded: Loaded, updates: Updates, solution: Solution | None, kernels: Kernels
+    plan: Plan,
+    loaded: Loaded,
+    updates: Updates,
+    solution: Solution | None,
+    kernels: Kernels,
+    metric: Metric | None = None,
 ) -> MergedChunk:
     """Return a merged chunk; one without a solution is copied from the donor.
+
+    In a metric the sums are too; a chunk that takes part in no distance adds nothing to them.
 
     Raises:
         VerificationError: A merged value overflows the output dtype.
@@ -122,17 +156,32 @@ def write_chunk(
     written = written_points(plan)
     skipped = len(plan.points) - len(written)
     if tensor.unchanged:
-        points, replaced = _points(plan, loaded, written[:1], updates, kernels)
+        points, replaced = chunk_points(plan, loaded, written[:1], updates, kernels)
         result = kernels.combine(points, [float(np.sum(solution.factors))], tensor.dtype)
         squared, replaced = result.squared_distances_P.tolist() * len(written), replaced * len(written)
     else:
-        points, replaced = _points(plan, loaded, written, updates, kernels)
+        points, replaced = chunk_points(plan, loaded, written, updates, kernels)
         result = kernels.combine(points, solution.factors[skipped:], tensor.dtype)
         squared = result.squared_distances_P.tolist()
-    refuse_non_finite(plan, loaded, result.squared_rounding, points, kernels)
+    squared_rounding = result.squared_rounding
+    refuse_non_finite(plan, loaded, squared_rounding, points, kernels)
+    if not plan.is_weighed(loaded.chunk.tensor):
+        squared, squared_rounding = [0.0] * len(written), 0.0
+    elif metric is not None:
+        from pipeline.numerics.metric import written_distances
+
+        squared_P, squared_rounding = written_distances(result.values_E, points, solution.factors[skipped:], metric)
+        squared = squared_P.tolist()
     padding = (0.0,) * skipped
-    sums = (*padding, *squared, result.squared_rounding, *padding, *replaced)
+    sums = (*padding, *squared, squared_rounding, *padding, *replaced)
     return MergedChunk(data=kernels.stored(result.values_E), sums=sums)
+
+
+def _images(points: Sequence[Any], metric: Metric) -> tuple[list[Any], np.ndarray]:
+    """Return points in the metric, and counts of elements equal to the first's; torch is imported here."""
+    from pipeline.numerics.metric import images
+
+    return images(points, metric)
 
 
 def refuse_non_finite(
@@ -185,7 +234,7 @@ def dense_values(plan: Plan, loaded: Loaded, index: int, kernels: Kernels) -> An
     return kernels.cast(values_E, plan.settings.cast) if plan.settings.cast else values_E
 
 
-def _points(
+def chunk_points(
     plan: Plan, loaded: Loaded, indices: tuple[int, ...], updates: Updates, kernels: Kernels
 ) -> tuple[list[Any], list[float]]:
     """Return the values of a chunk by point, and how many of each were not finite and are the base's instead.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,10 +30,19 @@ from pipeline.engine.source import ChunkSource, Loaded
 from pipeline.numerics.devices import kernels_of
 from pipeline.planning.grid import Chunk
 from pipeline.planning.plan import Plan
-from pipeline.planning.traffic import dense_inputs, factor_bytes, measured_inputs, merged_inputs, probed_points
+from pipeline.planning.traffic import (
+    dense_inputs,
+    factor_bytes,
+    measured_inputs,
+    merged_inputs,
+    metric_bytes,
+    probed_points,
+)
 
 if TYPE_CHECKING:
+    from pipeline.engine.metric import MetricSource
     from pipeline.numerics.low_rank.output import LowRankCombination
+    from pipeline.numerics.metric import GramMetric, Metric
 
 # By tensor and start, the hashes (I, int64) of a chunk's first read.
 Checksums = Mapping[tuple[int, int], np.ndarray]
@@ -46,11 +55,13 @@ class Prepared:
     Attributes:
         checksums: By input index.
         combination: Of a tensor whose points differ by updates alone; None for others.
+        metric: What all its chunks are mapped by before they are measured; None without a metric of matrices.
     """
 
     updates: Updates
     checksums: dict[int, int]
     combination: LowRankCombination | None
+    metric: GramMetric | None = None
 
 
 _NOTHING = Prepared(updates={}, checksums={}, combination=None)
@@ -63,13 +74,15 @@ class ChunkTasks:
         plan: The plan.
         source: Where chunks and factors come from.
         device: Where they are computed on: "cpu", or torch's name of another device.
+        metric: What distances are measured in; None for Euclidean ones.
     """
 
-    def __init__(self, plan: Plan, source: ChunkSource, device: str) -> None:
+    def __init__(self, plan: Plan, source: ChunkSource, device: str, metric: MetricSource | None = None) -> None:
         self._plan = plan
         self._source = source
         self._device = device
         self._kernels = kernels_of(device)
+        self._metric = metric
         self._lock = threading.Lock()
         self.done_bytes = 0
 
@@ -80,7 +93,8 @@ class ChunkTasks:
             tensor: Its index.
             keep: Keep the factors for a second read, if there is room.
         """
-        return self._read(tensor, keep=keep) if self._plan.tensors[tensor].updates else _NOTHING
+        prepared = self._read(tensor, keep=keep) if self._plan.tensors[tensor].updates else _NOTHING
+        return self._with_metric(tensor, prepared)
 
     def read_again(self, tensor: int, solution: Solution | None, checksums: Checksums) -> Prepared:
         """Return a tensor's updates, read for merging, and their combination.
@@ -95,8 +109,8 @@ class ChunkTasks:
         """
         planned = self._plan.tensors[tensor]
         if not planned.updates:
-            return _NOTHING
-        prepared = self._read(tensor, drop=True)
+            return self._with_metric(tensor, _NOTHING)
+        prepared = self._with_metric(tensor, self._read(tensor, drop=True))
         if self._plan.settings.measured and planned.factored:
             check_factor_sums(self._plan, tensor, prepared.checksums, checksums[tensor, 0])
         return self.combined(tensor, prepared, solution)
@@ -119,7 +133,7 @@ class ChunkTasks:
         from pipeline.numerics.low_rank.output import LowRankCombination
 
         combination = LowRankCombination(points, solution.factors)
-        return Prepared(updates=prepared.updates, checksums=prepared.checksums, combination=combination)
+        return replace(prepared, combination=combination)
 
     def measure(self, chunk: Chunk, prepared: Prepared) -> tuple[ChunkRow, dict[int, int]]:
         """Return a chunk's statistics and, by input index, how many values are not finite."""
@@ -163,8 +177,9 @@ class ChunkTasks:
 
             return probe_factors(plan, prepared.updates, coefficients_QN)
         with self._source.lease(chunk, dense_inputs(plan, chunk.tensor, probed_points(plan)), keep=True) as loaded:
-            self._advance(loaded.nbytes)
-            return probe_chunk(plan, loaded, prepared.updates, coefficients_QN, self._kernels)
+            self.advance(loaded.nbytes)
+            metric = self._metric_of(chunk, prepared)
+            return probe_chunk(plan, loaded, prepared.updates, coefficients_QN, self._kernels, metric)
 
     def merge(
         self,
@@ -191,7 +206,7 @@ class ChunkTasks:
 
             return write_factors(plan, chunk.tensor, prepared.updates, solution)
         with self._source.lease(chunk, merged_inputs(plan, chunk.tensor), drop=True) as loaded:
-            if plan.settings.measured and tensor.shared is None:
+            if plan.settings.measured and tensor.shared is None and plan.is_weighed(chunk.tensor):
                 check_sums(plan, loaded, checksums[chunk.tensor, chunk.start], prepared.checksums)
             else:
                 self._source.check_copies(loaded)
@@ -249,17 +264,34 @@ class ChunkTasks:
         if self._plan.tensors[loaded.chunk.tensor].group < 0:
             check_agreement(self._plan, loaded)
         sums = chunk_checksums(self._plan, loaded, prepared.checksums)
-        row = measure_chunk(self._plan, loaded, prepared.updates, sums, self._kernels)
-        self._advance(loaded.nbytes)
+        metric = self._metric_of(loaded.chunk, prepared)
+        row = measure_chunk(self._plan, loaded, prepared.updates, sums, self._kernels, metric)
+        self.advance(loaded.nbytes + self._metric_bytes(loaded.chunk))
         return row
 
     def _merged(self, loaded: Loaded, solution: Solution | None, prepared: Prepared) -> MergedChunk:
-        self._advance(sum(loaded.raw[index].nbytes for index in merged_inputs(self._plan, loaded.chunk.tensor)))
+        read = sum(loaded.raw[index].nbytes for index in merged_inputs(self._plan, loaded.chunk.tensor))
+        self.advance(read + self._metric_bytes(loaded.chunk))
         if prepared.combination is not None:
             from pipeline.engine.factor_math import write_panel
 
             return write_panel(self._plan, loaded, prepared.combination, self._device)
-        return write_chunk(self._plan, loaded, prepared.updates, solution, self._kernels)
+        metric = self._metric_of(loaded.chunk, prepared)
+        return write_chunk(self._plan, loaded, prepared.updates, solution, self._kernels, metric)
+
+    def _with_metric(self, tensor: int, prepared: Prepared) -> Prepared:
+        metric = None if self._metric is None else self._metric.of_tensor(tensor)
+        return prepared if metric is None else replace(prepared, metric=metric)
+
+    def _metric_bytes(self, chunk: Chunk) -> int:
+        """Return what a chunk counts of its tensor's metric: its part of a diagonal; the last one, of a matrix all."""
+        planned = self._plan.tensors[chunk.tensor]
+        if planned.metric is None or planned.metric.kind != "diagonal":
+            return metric_bytes(planned) if chunk.stop == planned.elements else 0
+        return metric_bytes(planned) // planned.elements * chunk.elements
+
+    def _metric_of(self, chunk: Chunk, prepared: Prepared) -> Metric | None:
+        return None if self._metric is None else self._metric.of_chunk(chunk, prepared.metric)
 
     def _read(self, tensor: int, *, keep: bool = False, drop: bool = False) -> Prepared:
         from pipeline.engine.factor_math import low_ranks
@@ -267,10 +299,11 @@ class ChunkTasks:
         loaded = self._source.factors(tensor, keep=keep, drop=drop)
         updates = low_ranks(self._plan, loaded, self._device)
         checksums = {index: loaded.checksum(index) for index in loaded.raw}
-        self._advance(loaded.nbytes)
+        self.advance(loaded.nbytes)
         return Prepared(updates=updates, checksums=checksums, combination=None)
 
-    def _advance(self, size_bytes: int) -> None:
+    def advance(self, size_bytes: int) -> None:
+        """Count input bytes as done, for progress."""
         with self._lock:
             self.done_bytes += size_bytes
 

@@ -20,6 +20,7 @@ from pipeline.engine.output import written_markers
 from pipeline.engine.reductions import Reductions, Requests, Totals, forget_reductions
 from pipeline.engine.run_folder import (
     MEASURED,
+    NORMS,
     SOLUTIONS,
     WRITTEN,
     at_once,
@@ -41,7 +42,9 @@ from pipeline.engine.solutions import (
     with_median,
 )
 from pipeline.engine.streaming import stream_groups
-from pipeline.engine.worker import Job, WrittenFile
+from pipeline.engine.system_records import refuse_zero_norms
+from pipeline.engine.worker import Job
+from pipeline.engine.written_file import WrittenFile, from_marker
 from pipeline.errors import Problem, VerificationError
 from pipeline.events import FileMeasured, FileWritten, GroupSolved, Listener, Note, PassEnded, PassProgress, PassStarted
 from pipeline.methods import registry
@@ -55,6 +58,7 @@ from pipeline.planning.traffic import (
     measured_bytes,
     merged_bytes,
     probed_points,
+    statistics_bytes,
     written_points,
 )
 from pipeline.storage import Store
@@ -265,16 +269,18 @@ class Driver:
         names = [layout.name for layout in plan.files if layout.name in done]
         markers = written_markers(self._output, names, plan.fingerprint)
         written = {
-            file: _from_marker(markers[layout.name]) for file, layout in enumerate(plan.files) if layout.name in markers
+            file: from_marker(markers[layout.name]) for file, layout in enumerate(plan.files) if layout.name in markers
         }
         self._note_resumed("written", len(written))
         missing = [file for file in range(len(plan.files)) if file not in written]
         if not missing:
             return written
-        items = {}
+        norms_N = self._norms()
+        items: dict[int, tuple[Any, ...]] = {}
         for file in missing:
             groups = {plan.tensors[tensor].group for tensor in plan.files[file].tensors}
-            items[file] = ({group: solutions[group] for group in groups if group in solutions},)
+            own = {group: solutions[group] for group in groups if group in solutions}
+            items[file] = (own, norms_N) if norms_N else (own,)
         total = sum(
             sum(merged_bytes(plan, tensor) for tensor in plan.files[file].tensors)
             + (self._measured_bytes(file) if file in self._alone else 0)
@@ -286,6 +292,25 @@ class Driver:
                 self._tell_solved(record.solutions)
                 self._listen(FileWritten(file=record.name, size_bytes=record.size_bytes))
         return written
+
+    def _norms(self) -> tuple[float, ...]:
+        """Return the global norms (N) of the models' diagonals; nothing where the method does not divide by them."""
+        plan = self._plan
+        if plan.settings.solver is None or not plan.settings.solver.normalize:
+            return ()
+        saved = read_json(self._output, NORMS)
+        if saved is not None and saved.get("fingerprint") == plan.fingerprint:
+            return tuple(saved["norms"])
+        total = ExactSum(len(plan.models))
+        files = range(len(plan.files))
+        with self._pass("weigh", sum(map(statistics_bytes, plan.tensors)), len(files)) as tick:
+            for _, sums in self._start().map("weigh", dict.fromkeys(files, ()), tick):
+                if sums is not None:
+                    total.merge(sums)
+        norms_N = tuple(math.sqrt(square) for square in total.total().tolist())
+        refuse_zero_norms(plan, norms_N)
+        write_json(self._output, NORMS, {"fingerprint": plan.fingerprint, "norms": norms_N})
+        return norms_N
 
     def _tell_solved(self, solutions: Iterable[Solution]) -> None:
         """Emit an event for every group that was solved just now, here or by a worker."""
@@ -364,18 +389,3 @@ def written_distances(written: Sequence[WrittenFile], group: int, points: int) -
         return np.zeros(points), 0.0
     rounding = math.fsum(record.squared_rounding[group] for record in written if group in record.squared_rounding)
     return np.sqrt(exact_column_sums(np.array(rows))), math.sqrt(rounding)
-
-
-def _from_marker(data: Mapping[str, Any]) -> WrittenFile:
-    """Return a finished file from its marker."""
-    return WrittenFile(
-        file=data["file"],
-        name=data["name"],
-        size_bytes=data["size_bytes"],
-        sha256=data["sha256"],
-        squared_distances={int(group): tuple(values) for group, values in data["squared_distances"].items()},
-        squared_rounding={int(group): value for group, value in data["squared_rounding"].items()},
-        replaced=tuple(data["replaced"]),
-        solutions=tuple(solution_from_json(entry) for entry in data["solutions"]),
-        discarded={int(tensor): (cut, whole) for tensor, (cut, whole) in data["discarded"].items()},
-    )

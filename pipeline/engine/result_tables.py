@@ -25,7 +25,7 @@ def save_tables(plan: Plan, outcome: Outcome, output: Store) -> list[float] | No
     where there is one) and the share of elements of each point that equal the first point's.
 
     Returns:
-        By model, the share of all merged elements that equal the base's; None without a base or a measuring pass.
+        By model, the share of all measured elements that equal the base's; None without a base or a measuring pass.
     """
     if not plan.settings.measured:
         return None
@@ -39,7 +39,9 @@ def save_tables(plan: Plan, outcome: Outcome, output: Store) -> list[float] | No
             unchanged_P += _add_file(plan, read_rows(output, layout.name, plan.fingerprint), table)
         table.finish()
     write_table(output, ITERATIONS, _iteration_columns(plan, outcome), metadata)
-    elements = sum(group.elements for group in plan.groups)
+    # What a metric does not see was not measured either, and nobody knows how much of it is the base's.
+    seen = (tensor for index, tensor in enumerate(plan.tensors) if tensor.group >= 0 and plan.is_weighed(index))
+    elements = sum(tensor.elements for tensor in seen)
     return [int(count) / max(1, elements) for count in unchanged_P[plan.offset :]] if plan.offset else None
 
 

@@ -189,6 +189,9 @@ def _translation(plan: Plan, document: Mapping[str, Any]) -> _Translation | str:
     settings = asdict(plan.settings)
     if any(document["settings"][name] != settings[name] for name in _SETTINGS):
         return "it measured nothing, or read values otherwise (dtype, non_finite)"
+    mine = {"settings": settings, "statistics": [asdict(item) for item in plan.statistics]}
+    if _metric(document) != _metric(mine):
+        return "it measured distances in another metric"
     if document["chunk_elements"] != plan.chunk_elements:
         return "its chunks have another length, because it had many more or fewer models"
     places = _input_places(plan, document["inputs"])
@@ -229,6 +232,12 @@ def _identity(entry: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]]) -> 
     return json.dumps([entry["url"], entry["files"], below], sort_keys=True)
 
 
+def _metric(document: Mapping[str, Any]) -> str | None:
+    """Return what a plan measures distances in, as text: a kind of metric and files of statistics; None without one."""
+    kind = document["settings"].get("metric")
+    return None if kind is None else json.dumps([kind, document["statistics"]], sort_keys=True)
+
+
 def _renumbered(tensor: Mapping[str, Any], here: Mapping[int, int]) -> dict[str, Any]:
     """Return an earlier plan's tensor with inputs as they are numbered here; what is left out here is left out."""
     kept = sorted((index, number) for number, index in here.items())
@@ -246,5 +255,5 @@ def _renumbered(tensor: Mapping[str, Any], here: Mapping[int, int]) -> dict[str,
 
 def _essence(tensor: Mapping[str, Any]) -> str:
     """Return what of a tensor has a say in its statistics, as text that does not tell tuples from lists."""
-    body = {name: tensor[name] for name in ("name", "shape", "elements", "sources", "updates", "shared")}
+    body = {name: tensor.get(name) for name in ("name", "shape", "elements", "sources", "updates", "shared", "metric")}
     return json.dumps([body, tensor["group"] < 0, tensor["merged_rank"] is not None], sort_keys=True)

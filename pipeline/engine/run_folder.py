@@ -32,6 +32,8 @@ SOLUTIONS = f"{FOLDER}/solutions.json"
 REDUCTIONS = f"{FOLDER}/reductions"
 MEASURED = f"{FOLDER}/measured"
 WRITTEN = f"{FOLDER}/written"
+# The global norms of the models' diagonals, where a method divides by them.
+NORMS = f"{FOLDER}/norms.json"
 SIDE_FILES = f"{FOLDER}/side_files.json"
 DISTANCES = f"{FOLDER}/distances.parquet"
 ITERATIONS = f"{FOLDER}/iterations.parquet"

@@ -7,31 +7,37 @@ Legend: P points, N models, I inputs, Q combinations.
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from pipeline.checkpoints.writer import SafetensorsWriter
 from pipeline.engine.chunk_math import MergedChunk, non_finite_error
 from pipeline.engine.chunk_tasks import Checksums, ChunkTasks
+from pipeline.engine.in_order import InOrder, Room
+from pipeline.engine.moment_source import MomentSource
 from pipeline.engine.process import load_torch
 from pipeline.engine.read_ahead import Need
 from pipeline.engine.run_folder import ChunkRow, GroupSums, RowsWriter, load_checksums, square, write_json, written_path
 from pipeline.engine.solutions import Solution, solve_group
 from pipeline.engine.source import ChunkSource
+from pipeline.engine.system_records import SystemRecord, joined_record
 from pipeline.engine.updates import TensorCache
-from pipeline.errors import Problem, WorkerError
+from pipeline.engine.written_file import WrittenFile, marker
 from pipeline.methods import registry
 from pipeline.numerics.exact_sum import ExactSum, exact_column_sums
 from pipeline.planning.grid import Chunk
 from pipeline.planning.memory import Memory
 from pipeline.planning.plan import Plan
 from pipeline.storage import open_store
+
+if TYPE_CHECKING:
+    from pipeline.engine.metric import MetricSource
+    from pipeline.engine.systems import Systems
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -45,29 +51,6 @@ class Job:
     output_url: str
     memory: Memory
     device: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WrittenFile:
-    """One finished output file.
-
-    Attributes:
-        squared_distances: By group, P sums over this file of ‖written − point‖².
-        squared_rounding: By group, the sum over this file of ‖written − exact‖².
-        replaced: By point, how many values were not finite and taken from the base.
-        solutions: The groups that were solved here (a fused file).
-        discarded: By tensor that is stored as factors, the squared norm that truncation cut off, and the whole.
-    """
-
-    file: int
-    name: str
-    size_bytes: int
-    sha256: str
-    squared_distances: Mapping[int, tuple[float, ...]]
-    squared_rounding: Mapping[int, float]
-    replaced: tuple[int, ...]
-    solutions: tuple[Solution, ...]
-    discarded: Mapping[int, tuple[float, float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,14 +71,18 @@ class ShardWorker:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._plan = job.plan
-        if any(tensor.updates for tensor in job.plan.tensors):
+        solves = job.plan.settings.solver is not None
+        if solves or job.plan.settings.metric is not None or any(tensor.updates for tensor in job.plan.tensors):
             # Here, and not by the first thread that needs it: the setting of its products is of the importing thread.
             load_torch()
         self._output = open_store(job.output_url, job.plan.storage.of(job.output_url))
         self._source = ChunkSource(job.plan, job.memory)
-        self._tasks = ChunkTasks(job.plan, self._source, job.device)
+        self._moments = MomentSource(job.plan, job.memory.requests)
+        self._tasks = ChunkTasks(job.plan, self._source, job.device, _metric_source(job, self._moments))
         self._pool = ThreadPoolExecutor(job.memory.window, thread_name_prefix="chunk")
         self._stopped = threading.Event()
+        self._flow = InOrder(self._pool, job.memory.window, self._source, self._stopped)
+        self._systems = self._make_systems() if solves else None
 
     @property
     def done_bytes(self) -> int:
@@ -109,14 +96,14 @@ class ShardWorker:
             CheckpointError: A model is not finite, integers disagree, a source changed.
         """
         tensors = self._plan.files[file].tensors
-        self._source.check_versions(tensors)
+        self._check_versions(tensors)
         sums = GroupSums(self._plan)
         with RowsWriter(self._output, self._plan.files[file].name, self._plan.fingerprint) as saved:
             for row in self.measured([c for t in tensors for c in self._plan.measured_chunks(t)]):
                 sums.add(row)
                 saved.add(row)
             # Again, so that no file was replaced while it was read.
-            self._source.check_versions(tensors)
+            self._check_versions(tensors)
             saved.finish()
         return sums.totals()
 
@@ -135,7 +122,7 @@ class ShardWorker:
         cache = TensorCache(self._tasks.read)
         for file in files:
             tensors = plan.files[file].tensors
-            self._source.check_versions(tensors)
+            self._check_versions(tensors)
             chunks = [c for t in tensors if plan.tensors[t].group in requests for c in plan.measured_chunks(t)]
 
             def task(chunk: Chunk) -> tuple[int, np.ndarray]:
@@ -147,19 +134,37 @@ class ShardWorker:
                 totals.setdefault(group, ExactSum(len(sums))).add(sums)
         return {group: total.to_limbs() for group, total in totals.items()}
 
-    def write(self, file: int, solutions: Mapping[int, Solution]) -> WrittenFile:
+    def weigh(self, file: int) -> ExactSum | None:
+        """Return the exact sums of the squares of the models' diagonals in one file; None where it has none.
+
+        Raises:
+            CheckpointError: A diagonal is unusable, or a source changed.
+        """
+        tensors = [tensor for tensor in self._plan.files[file].tensors if self._plan.tensors[tensor].system is not None]
+        if self._systems is None or not tensors:
+            return None
+        chunks = [chunk for tensor in tensors for chunk in self._plan.written_chunks(tensor)]
+        self._moments.check_versions(tensors)
+        sums = [np.array(row) for row in self._in_order(self._systems.chunks.squares, chunks, lambda _: iter(()))]
+        self._moments.check_versions(tensors)
+        total = ExactSum(len(self._plan.models))
+        total.add(sums)
+        return total
+
+    def write(self, file: int, solutions: Mapping[int, Solution], norms_N: Sequence[float] = ()) -> WrittenFile:
         """Write one output file and its marker; a fused file is measured and solved first.
 
         Args:
             file: Its index.
             solutions: By group; those of a fused file are found here.
+            norms_N: What the models' diagonals are divided by; nothing where they are not.
 
         Raises:
             VerificationError: Bytes differ from the first read, or a merged value overflows the output dtype.
         """
         plan = self._plan
         layout = plan.files[file]
-        self._source.check_versions(layout.tensors)
+        self._check_versions(layout.tensors)
         found = dict(solutions)
         fused = layout.fused and not all(
             plan.tensors[t].group in found for t in layout.tensors if plan.tensors[t].group >= 0
@@ -167,11 +172,12 @@ class ShardWorker:
         partial: dict[int, list[tuple[float, ...]]] = {}
         saved = RowsWriter(self._output, layout.name, plan.fingerprint)
         discarded: dict[int, tuple[float, float]] = {}
+        records: dict[int, list[SystemRecord]] = {}
         header = [(e.name, plan.tensors[t].dtype, e.shape) for t in layout.tensors for e in plan.tensors[t].entries]
         writer = SafetensorsWriter(self._output.open_writer(layout.name), header, {"format": "pt"})
         chunks = iter(plan.chunks(file))
         try:
-            runs = self._fused_runs(layout.tensors, found, saved) if fused else self._solved_runs(file, found)
+            runs = self._fused_runs(layout.tensors, found, saved) if fused else self._solved_runs(file, found, norms_N)
             for run in runs:
                 if run.solution is not None:
                     found[run.solution.group] = run.solution
@@ -182,7 +188,9 @@ class ShardWorker:
                         partial.setdefault(plan.tensors[tensor].group, []).append(merged.sums)
                     if merged.discarded is not None:
                         discarded[tensor] = merged.discarded
-            self._source.check_versions(layout.tensors)
+                    if merged.record is not None:
+                        records.setdefault(tensor, []).append(merged.record)
+            self._check_versions(layout.tensors)
             written = writer.finish()
             if fused:
                 saved.finish()
@@ -203,13 +211,16 @@ class ShardWorker:
             # Not only the groups in `sums_of`: one without elements has a solution too.
             solutions=tuple(found[group] for group in sorted(found) if group not in solutions) if fused else (),
             discarded=discarded,
+            systems=tuple(joined_record(parts) for parts in records.values()),
         )
         write_json(self._output, written_path(layout.name), marker(result, plan.fingerprint))
+        if self._systems is not None:
+            self._systems.states.forget(layout.tensors)
         return result
 
     def traffic(self) -> tuple[int, int]:
         """Return the input bytes fetched so far, and those taken from memory instead of a second fetch."""
-        return self._source.read_bytes, self._source.reused_bytes
+        return self._source.read_bytes + self._moments.read_bytes, self._source.reused_bytes
 
     def stop(self) -> None:
         """Make the verb in progress end at its next chunk; callable from another thread."""
@@ -220,6 +231,7 @@ class ShardWorker:
         self._stopped.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._source.close()
+        self._moments.close()
         self._output.close()
 
     def measured(self, chunks: Sequence[Chunk]) -> Iterator[ChunkRow]:
@@ -248,16 +260,39 @@ class ShardWorker:
 
         yield from self._in_order(task, chunks, self._tasks.needs_to_merge)
 
-    def _solved_runs(self, file: int, found: Mapping[int, Solution]) -> Iterator[_DoneRun]:
+    def _check_versions(self, tensors: Sequence[int]) -> None:
+        """Raise when a file that these tensors are read from is not the one that was planned for."""
+        self._source.check_versions(tensors)
+        self._moments.check_versions(tensors)
+
+    def _solved_runs(self, file: int, found: Mapping[int, Solution], norms_N: Sequence[float]) -> Iterator[_DoneRun]:
         """Merge consecutive tensors of one group at a time; all groups are solved, and what is measured was saved."""
         plan = self._plan
         checksums: Checksums = {}
         if plan.settings.measured:
             checksums = load_checksums(self._output, plan.files[file].name, plan.fingerprint)
         for run in self._runs(plan.files[file].tensors):
+            if self._systems is not None and plan.tensors[run[0]].system is not None:
+                yield _DoneRun(solution=None, merged=self._systems.merged(run, norms_N, self._in_order))
+                continue
             solution = found.get(plan.tensors[run[0]].group)
             chunks = [chunk for tensor in run for chunk in plan.written_chunks(tensor)]
             yield _DoneRun(solution=solution, merged=self.merged(chunks, solution, checksums))
+
+    def _make_systems(self) -> Systems:
+        """Return what solves systems; torch is imported with it."""
+        from pipeline.engine.systems import Systems
+
+        return Systems(
+            plan=self._plan,
+            memory=self._job.memory,
+            source=self._source,
+            moments=self._moments,
+            tasks=self._tasks,
+            output=self._output,
+            device=self._job.device,
+            check=self._flow.check,
+        )
 
     def _fused_runs(
         self, tensors: Sequence[int], found: Mapping[int, Solution], saved: RowsWriter
@@ -340,47 +375,20 @@ class ShardWorker:
             yield tuple(run)
 
     def _in_order(
-        self, task: Callable[[S], T], items: Sequence[S], needs: Callable[[S], Iterator[Need]]
+        self,
+        task: Callable[[S], T],
+        items: Sequence[S],
+        needs: Callable[[S], Iterator[Need]],
+        room: Room[S] | None = None,
     ) -> Iterator[T]:
-        """Yield the results of a task over chunks, or whole tensors, in order, a window of them in flight.
-
-        Args:
-            task: Run by the worker's threads.
-            items: What it is run on.
-            needs: What it will ask of the source for one item, in its order; remote inputs are read ahead of it.
-        """
-        pending: deque[Future[T]] = deque()
-        waiting = iter(items)
-        self._source.read_ahead(need for item in items for need in needs(item))
-        try:
-            while True:
-                while len(pending) < self._job.memory.window and (item := next(waiting, None)) is not None:
-                    pending.append(self._pool.submit(task, item))
-                if not pending:
-                    return
-                if self._stopped.is_set():
-                    raise WorkerError(Problem(what="stopped because another part of the merge failed"))
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
-            self._source.stop_reading_ahead()
-            for future in pending:
-                if not future.cancelled():
-                    future.exception()
+        """Yield the results of a task over chunks, or whole tensors, in order; see `InOrder.run`."""
+        return self._flow.run(task, items, needs, room)
 
 
-def marker(result: WrittenFile, fingerprint: str) -> dict[str, object]:
-    """Return the JSON form of a finished file, with the fingerprint of its plan."""
-    return {
-        "fingerprint": fingerprint,
-        "file": result.file,
-        "name": result.name,
-        "size_bytes": result.size_bytes,
-        "sha256": result.sha256,
-        "squared_distances": {str(group): list(values) for group, values in result.squared_distances.items()},
-        "squared_rounding": {str(group): value for group, value in result.squared_rounding.items()},
-        "replaced": list(result.replaced),
-        "solutions": [solution.to_json() for solution in result.solutions],
-        "discarded": {str(tensor): list(squares) for tensor, squares in result.discarded.items()},
-    }
+def _metric_source(job: Job, moments: MomentSource) -> MetricSource | None:
+    """Return what distances are measured in; None for Euclidean ones, which need no torch."""
+    if job.plan.settings.metric is None:
+        return None
+    from pipeline.engine.metric import MetricSource
+
+    return MetricSource(job.plan, moments, job.device)

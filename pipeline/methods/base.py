@@ -1,19 +1,28 @@
 """What a merge method is to the engine.
 
-Owns the protocol. Both shapes so far end in coefficients: each group of tensors is written as Σ cᵢ·modelᵢ.
-Legend: N models.
+Owns the protocols. The first two shapes end in coefficients: each group of tensors is written as Σ cᵢ·modelᵢ. The third
+solves a linear system for every tensor that it has second moments of. Legend: N models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from pipeline.errors import Problem, RecipeError
 from pipeline.numerics.geometric_median import MedianSolution
 from pipeline.numerics.streamed_median import Measured, Probe
-from pipeline.recipe import MethodSchema, Recipe
+from pipeline.recipe import MethodSchema, Parameter, Recipe
+from pipeline.recipe.settings import model_numbers, resolve
+from pipeline.recipe.values import without_credentials
+
+# Keys of `pipeline:` that have a meaning where a system leaves directions to where it starts.
+START_KEYS = ("start", "start_scale", "average")
+# Ratios of such weights, times sums of squares, are still numbers of float32.
+_LARGEST_WEIGHT = 1e12
 
 
 class Method(Protocol):
@@ -65,3 +74,101 @@ class GramMethod(Method, Protocol):
     def stream(self, weights_N: Sequence[float], *, tolerance: float) -> Generator[Probe, Measured, MedianSolution]:
         """Return the same solve as a loop that asks for distances measured from the parameters."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SystemRule:
+    """The linear system of a method: what moments it asks for, and how it is solved.
+
+    Attributes:
+        objective: "diagonal", "gram", "kfac", "block", or "weights" for moments made of the task vectors.
+        rule: "quotient" and "gradient_matching" are elementwise closed forms; "direct" and "iterative" solve matrices.
+        iterations: Most iterations, of an iterative one.
+        tolerance: Relative residual that ends it.
+        off_diagonal: Factor on what lies off the diagonal of every moment.
+        normalize: Divide each model's diagonals by their global norm.
+        prior: What is added to the base's diagonal.
+    """
+
+    objective: str
+    rule: str
+    iterations: int = 1
+    tolerance: float = 1e-5
+    off_diagonal: float = 1.0
+    normalize: bool = False
+    prior: float = 0.0
+
+
+class LinearSystemMethod(Method, Protocol):
+    """A method whose tensors are the solutions of (Σ Cᵢ) θ = Σ Cᵢ θᵢ; what has no moments is averaged."""
+
+    def weights(self, recipe: Recipe) -> tuple[float, ...]:
+        """Return the N positive factors on the models' moments."""
+        ...
+
+    def rule(self, recipe: Recipe) -> SystemRule:
+        """Return the system.
+
+        Raises:
+            RecipeError: A parameter is out of range.
+        """
+        ...
+
+
+def weight_parameter(description: str) -> Parameter:
+    """Return the parameter `weight` of a method that weighs moments."""
+    return Parameter(
+        name="weight",
+        kind="number",
+        default=1.0,
+        per_model=True,
+        positive=True,
+        constant=True,
+        description=description,
+    )
+
+
+def off_diagonal_parameter() -> Parameter:
+    """Return the parameter `off_diagonal`."""
+    return Parameter(
+        name="off_diagonal",
+        kind="number",
+        default=1.0,
+        per_model=False,
+        constant=True,
+        description="Factor from 0 to 1 on what lies off the diagonal of every moment.",
+    )
+
+
+def moment_weights(recipe: Recipe, schema: MethodSchema) -> tuple[float, ...]:
+    """Return the weight of every model's moments.
+
+    Raises:
+        RecipeError: One is so large or small that nothing would be left of the others.
+    """
+    weights = model_numbers(recipe, schema, "weight")
+    problems = [
+        Problem(
+            what=f"the weight {weight:g} does not lie between {1 / _LARGEST_WEIGHT:g} and {_LARGEST_WEIGHT:g}",
+            where=f"model {without_credentials(entry.model)}",
+            remedy="only ratios of weights count: scale all of them, or leave the model out",
+        )
+        for entry, weight in zip(recipe.models, weights, strict=True)
+        if not 1 / _LARGEST_WEIGHT <= weight <= _LARGEST_WEIGHT
+    ]
+    if problems:
+        raise RecipeError(*problems)
+    return weights
+
+
+def document_number(recipe: Recipe, schema: MethodSchema, name: str, *, least: float, most: float) -> float:
+    """Return a number that the document sets for all models.
+
+    Raises:
+        RecipeError: It does not lie between the bounds.
+    """
+    value = float(resolve(recipe, schema, name, model=None, tensor="", layer=None, layers=0))
+    if not least <= value <= most:
+        what = f"`parameters.{name}` must lie between {least:g} and {most:g}, not be {value:g}"
+        raise RecipeError(Problem(what=what, remedy=f"the default is {schema.parameter(name).default}"))
+    return value

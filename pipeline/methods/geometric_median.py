@@ -36,6 +36,7 @@ class GeometricMedian:
             ),
         ),
         uses_statistics=True,
+        moment_keys=("average", "metric"),
     )
     summary = "exact geometric median of the full parameter vector, certified; robust against broken models"
     reference = "Gupta & Gupta 2024 (NeurIPS LLM merging competition); Weiszfeld 1937; Vardi & Zhang 2000"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from pipeline.checkpoints.adapter import ADAPTER_FILE, Factors
 from pipeline.checkpoints.header import TensorEntry
@@ -20,8 +21,12 @@ from pipeline.planning.blocks import group_names, layer_count, layer_of
 from pipeline.planning.family import Aligned, Family
 from pipeline.planning.grid import chunk_elements
 from pipeline.planning.layout import lay_out
+from pipeline.planning.metric import metric_note, plan_metric
+from pipeline.planning.moments import statistics_inputs
 from pipeline.planning.plan import GroupPlan, Input, Plan, Settings, Source, SourceFile, Stored, TensorPlan, Update
+from pipeline.planning.solving import plan_solver, plan_systems, statistics_notes, treatment_groups
 from pipeline.planning.sources import Sources
+from pipeline.planning.system import System
 from pipeline.recipe import Recipe, canonical, unused_filters
 from pipeline.recipe.values import without_credentials
 
@@ -46,18 +51,31 @@ def build_plan(recipe: Recipe, method: Method, sources: Sources) -> Plan:
     as_adapter = recipe.pipeline.output == "adapter"
     if as_adapter:
         family = adapter_family(family, sources)
-    settings = _settings(recipe, method)
+    settings = _settings(recipe, method, sources)
     points = ((sources.base,) if sources.base is not None else ()) + sources.models
     shared = tuple(_shared(aligned, points, sources.overs) for aligned in family.tensors)
-    groups, group_of, weights = _groups(recipe, method, family, shared)
+    metric = plan_metric(recipe, family.tensors, sources)
+    if recipe.pipeline.metric is not None:
+        # Factors tell Euclidean distances alone: what they are added to is read, and the sums are measured.
+        shared = tuple(
+            None if aligned.updates else stands for aligned, stands in zip(family.tensors, shared, strict=True)
+        )
+    systems: tuple[System | None, ...] = (None,) * len(family.tensors)
+    if settings.solver is not None:
+        systems = plan_systems(recipe, method, family.tensors, shared, sources)  # type: ignore[arg-type]
+    groups, group_of, weights = _groups(recipe, method, family, shared, systems)
     if as_adapter:
         refuse_sums(groups)
     positions = [{file.path: number for number, file in enumerate(member.files)} for member in sources.members]
     factored = zip(family.tensors, shared, strict=True)
     wrapped = frozenset(module_name(a, family) for a, stands in factored if stands is not None and a.updates)
     tensors = tuple(
-        _tensor(recipe, family, aligned, sources, positions, wrapped, group=group, shared=stands)
-        for aligned, group, stands in zip(family.tensors, group_of, shared, strict=True)
+        replace(
+            _tensor(recipe, family, aligned, sources, positions, wrapped, group=group, shared=stands),
+            system=system,
+            metric=None if stands is not None else place,
+        )
+        for aligned, group, stands, system, place in zip(family.tensors, group_of, shared, systems, metric, strict=True)
     )
     widest = max((1 if tensor.shared is not None else len(sources.members) for tensor in tensors), default=1)
     return Plan(
@@ -78,15 +96,24 @@ def build_plan(recipe: Recipe, method: Method, sources: Sources) -> Plan:
         ),
         groups=groups,
         chunk_elements=chunk_elements(widest),
-        notes=(*recipe.warnings, *family.notes, *_notes(recipe, sources)),
+        notes=(
+            *recipe.warnings,
+            *family.notes,
+            *_notes(recipe, sources),
+            *metric_note(recipe, family.tensors, metric),
+            *statistics_notes(sources),
+        ),
+        statistics=statistics_inputs(sources),
     )
 
 
-def _settings(recipe: Recipe, method: Method) -> Settings:
+def _settings(recipe: Recipe, method: Method, sources: Sources) -> Settings:
     pipeline = recipe.pipeline
+    solver = plan_solver(recipe, method, sources) if method.schema.solves else None  # type: ignore[arg-type]
+    scope = pipeline.scope if isinstance(pipeline.scope, str) else "patterns"
     return Settings(
         method=recipe.merge_method,
-        scope=pipeline.scope if isinstance(pipeline.scope, str) else "patterns",
+        scope=scope if solver is None else "tensor",
         distances=pipeline.distances,
         scale=pipeline.scale,
         tolerance=pipeline.tolerance,
@@ -95,6 +122,8 @@ def _settings(recipe: Recipe, method: Method) -> Settings:
         measured=method.schema.uses_statistics,
         output=pipeline.output,
         rank=pipeline.rank,
+        solver=solver,
+        metric=pipeline.metric.kind if pipeline.metric is not None else None,
     )
 
 
@@ -154,7 +183,11 @@ def _update(index: int, factors: Factors, position: Mapping[str, int]) -> Update
 
 
 def _groups(
-    recipe: Recipe, method: Method, family: Family, shared: Sequence[int | None]
+    recipe: Recipe,
+    method: Method,
+    family: Family,
+    shared: Sequence[int | None],
+    systems: Sequence[System | None],
 ) -> tuple[tuple[GroupPlan, ...], tuple[int, ...], tuple[float, ...]]:
     """Return the groups, each tensor's group index (-1: copied) and the models' weights."""
     merged = [(aligned, stands) for aligned, stands in zip(family.tensors, shared, strict=True) if aligned.merged]
@@ -163,6 +196,9 @@ def _groups(
         raise CheckpointError(Problem(what="the models have no float tensors: there is nothing to merge"))
     if problems := unused_filters(recipe, names):
         raise RecipeError(*problems)
+    if method.schema.solves:
+        weights = method.weights(recipe)  # type: ignore[attr-defined]
+        return *treatment_groups(family.tensors, systems, weights), weights
     layers = layer_count(names)
     labels: Sequence[str]
     fixed: dict[str, tuple[float, ...] | None]

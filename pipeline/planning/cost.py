@@ -10,7 +10,15 @@ from dataclasses import dataclass
 
 from pipeline.planning.memory import Memory
 from pipeline.planning.plan import Plan
-from pipeline.planning.traffic import alias_bytes, kept_bytes, measured_bytes, merged_bytes, one_read_bytes
+from pipeline.planning.system_work import matrix_operations, streamed_bytes
+from pipeline.planning.traffic import (
+    alias_bytes,
+    kept_bytes,
+    measured_bytes,
+    merged_bytes,
+    one_read_bytes,
+    statistics_bytes,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,12 +30,14 @@ class Rates:
         write: Input bytes read again and combined in the writing pass, its output written.
         source: Where the numbers come from: "given" or "measured".
         start_s: Seconds that go by before the first chunk, whatever the size; 0 when they are not known.
+        operations: Floating-point operations of matrix products a second; 0 when they are not known.
     """
 
     measure: float
     write: float
     source: str
     start_s: float = 0.0
+    operations: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +46,8 @@ class Cost:
 
     Attributes:
         passes: How often the inputs are read; not whole when part of them is kept in memory.
-        seconds: By phase, "start" only where it is known; empty when no rate is known.
+        seconds: By phase, "start" and "solve" only where they are known; empty when no rate is known. To solve takes
+            that long if all iterations are made.
     """
 
     measure_bytes: int
@@ -69,13 +80,23 @@ def project_cost(plan: Plan, memory: Memory, *, workers: int, rates: Rates | Non
     kept = _kept_bytes(plan, memory, workers) if plan.settings.measured else 0
     measure_bytes = first + aliases + copied if plan.settings.measured else 0
     reread_bytes = second + copied - kept + (0 if plan.settings.measured else aliases)
+    # Of moments that every iteration reads anew, all but the first reading.
+    again = sum(streamed_bytes(plan, index, memory.systems_bytes) for index in tensors)
+    solver = plan.settings.solver
+    weighed = sum(map(statistics_bytes, plan.tensors)) if solver is not None and solver.normalize else 0
+    reread_bytes += again + weighed
     seconds: dict[str, float] = {}
     if rates is not None:
         if rates.start_s:
             seconds["start"] = rates.start_s
         if plan.settings.measured:
             seconds["measure"] = measure_bytes / rates.measure
-        seconds["write"] = second / rates.write
+        if weighed:
+            seconds["weigh"] = weighed / rates.write
+        seconds["write"] = (second + again) / rates.write
+        operations = sum(matrix_operations(plan, index) for index in tensors)
+        if rates.operations and operations:
+            seconds["solve"] = operations / rates.operations
     return Cost(
         measure_bytes=measure_bytes,
         reread_bytes=reread_bytes,

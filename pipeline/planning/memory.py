@@ -14,6 +14,8 @@ from pipeline.errors import BudgetError, Problem
 from pipeline.numerics.kernels import work_bytes
 from pipeline.numerics.low_rank import low_rank_work_bytes, merged_factors_bytes
 from pipeline.planning.plan import Plan, TensorPlan
+from pipeline.planning.system import Statistic
+from pipeline.planning.system_memory import chunk_bytes, largest_matrix
 from pipeline.planning.traffic import (
     factor_bytes,
     kept_bytes,
@@ -48,6 +50,8 @@ REQUEST_BYTES = 8 << 20
 RESPONSE_COPIES = 2
 # Bytes of models that may always be kept: fresh memory for them costs some hundredths of a second.
 CHEAP_BYTES = 64_000_000
+# What making a Gram's factor takes beside it, per element of the matrix: itself in float64, and its triangle as read.
+MAKING_BYTES = 8 + 4
 # Requests that keep an object store busy: each alone is bound by latency; more only wait for the network or the CPU.
 MOST_REQUESTS = 32
 
@@ -63,6 +67,7 @@ class Memory:
         retained_bytes: Room for chunks kept from the measuring read; part of the terms.
         requests: Requests that may be in flight; 0 when all inputs are local and threads read for themselves.
         ahead_bytes: Room for what is read before a thread asks for it.
+        systems_bytes: Room for the matrices that are being solved.
     """
 
     terms: Mapping[str, int]
@@ -71,6 +76,7 @@ class Memory:
     retained_bytes: int
     requests: int = 0
     ahead_bytes: int = 0
+    systems_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -96,7 +102,11 @@ def _slot_bytes(plan: Plan, index: int) -> int:
     copies = plan.settings.cast or plan.settings.non_finite == "base" or _is_mixed(tensor)
     # Values that adapters stand on are cast beside the points that are made of them.
     points = 1 if tensor.shared is not None else len(plan.points) + (len(read) if tensor.updates else 0)
-    return length * (inputs + DTYPES[tensor.dtype].bits // 8 + (8 * points if copies else 0))
+    # In a metric all points are mapped, and one more is held as it is, with its difference and its image.
+    mapped = 0 if tensor.metric is None else 8 * (len(plan.points) + 3)
+    return length * (inputs + DTYPES[tensor.dtype].bits // 8 + (8 * points if copies else 0) + mapped) + chunk_bytes(
+        plan, tensor, length
+    )
 
 
 def lease_bytes(plan: Plan) -> int:
@@ -131,6 +141,30 @@ def _work_bytes(plan: Plan) -> int:
             if tensor.merged_rank:
                 largest = max(largest, merged_factors_bytes(rows, tensor.columns, ranks, plan.settings.rank))
     return largest
+
+
+def _metric_bytes(plan: Plan, window: int) -> int:
+    """Return what the factors of Grams take that a worker holds with so many chunks in flight, and one being made.
+
+    Beside those of the chunks' tensors the one before them is still held.
+    """
+    largest = most = 0
+    for file in plan.files:
+        held = [(plan.tensors[index].metric, len(plan.measured_chunks(index))) for index in file.tensors]
+        factors = [
+            (found, chunks) for found, chunks in held if chunks and found is not None and found.kind != "diagonal"
+        ]
+        for first in range(len(factors)):
+            sizes: dict[Statistic, int] = {}
+            between = 0
+            for found, chunks in factors[first:]:
+                if between > window - 1 and len(sizes) > 1:
+                    break
+                between += chunks if sizes else 0
+                sizes[found] = 8 * found.size**2
+            most = max(most, sum(sizes.values()))
+            largest = max(largest, *sizes.values())
+    return most + largest // 8 * MAKING_BYTES
 
 
 def _statistics_bytes(plan: Plan) -> int:
@@ -171,7 +205,8 @@ def project_memory(
     work = _work_bytes(plan)
     factors = max(map(factor_bytes, plan.tensors), default=0)
     places = sum(len(tensor.holders) + 2 * len(tensor.updates) for tensor in plan.tensors)
-    remote = any("://" in item.url for item in plan.inputs)
+    remote = any("://" in item.url for item in (*plan.inputs, *plan.statistics))
+    matrix = largest_matrix(plan)
     response = RESPONSE_COPIES * REQUEST_BYTES
     fixed = {
         "runtime": RUNTIME_BYTES,
@@ -179,26 +214,36 @@ def project_memory(
         "plan": PLAN_BYTES * places,
         "statistics": _statistics_bytes(plan),
         **({"upload": UPLOAD_BYTES} if remote_output else {}),
+        **({"matrix": matrix} if matrix else {}),
     }
+    metric = _metric_bytes(plan, 1)
     # Beside those of the chunks in flight, the factors that were used last are held for the next chunk.
     one = {
         "one chunk in flight": slot,
         "work": work,
         **({"factors": 2 * factors} if factors else {}),
+        **({"metric": metric} if metric else {}),
         **({"one request in flight": response} if remote else {}),
     }
     _require(plan, {**fixed, **one}, budget_bytes)
     # One chunk is read while the others are computed; more in flight than that only costs memory.
     room = budget_bytes - sum(fixed.values()) - factors - (response if remote else 0)
     window = min(threads + 1, room // (slot + work + factors))
+    while window > 1 and metric and window * (slot + work + factors) + _metric_bytes(plan, window) > room:
+        window -= 1
     threads = max(1, window - 1)
     used = {**fixed, "chunks in flight": window * slot, "work": window * work}
     if factors:
         used["factors"] = (window + 1) * factors
+    if metric:
+        used["metric"] = _metric_bytes(plan, window)
     requests, ahead = _read_ahead(plan, budget_bytes - sum(used.values())) if remote else (0, 0)
     if remote:
         used |= {"requests in flight": requests * response, "read-ahead": ahead}
     left = max(0, budget_bytes - sum(used.values()))
+    more = min(left, threads * largest_matrix(plan, resident=True) - matrix) if matrix else 0
+    if more:
+        used["more matrices"] = more
     if not plan.settings.measured or (not remote and _stays_cached(plan, cache_bytes - sum(used.values()))):
         left = 0
     retained, kept = _retention(plan, left)
@@ -210,6 +255,7 @@ def project_memory(
         requests=requests,
         # Factors that were read ahead lie beside the buffer that chunks are read into.
         ahead_bytes=ahead // 2 if factors else ahead,
+        systems_bytes=matrix + more,
     )
 
 

@@ -16,6 +16,7 @@ from functools import cached_property
 
 from pipeline.checkpoints.dtypes import DTYPES
 from pipeline.planning.grid import Chunk, chunks_of
+from pipeline.planning.system import Solver, Statistic, System
 from pipeline.storage.options import NO_OPTIONS, StorageOptions
 
 # Raised whenever a plan of the same recipe and sources would give other bits or another run folder.
@@ -97,6 +98,8 @@ class TensorPlan:
         shared: The input whose values all points have before their updates; None where points differ beyond updates.
         stored: What the file holds where that is not the tensor under its own name.
         merged_rank: Rank of the two factors that are written instead of the tensor.
+        system: The linear system that it solves; None where it is averaged or copied.
+        metric: The moments that its distances are measured in; None where they are Euclidean.
     """
 
     name: str
@@ -109,6 +112,21 @@ class TensorPlan:
     shared: int | None = None
     stored: tuple[Stored, ...] = ()
     merged_rank: int | None = None
+    system: System | None = None
+    metric: Statistic | None = None
+
+    @property
+    def treatment(self) -> str:
+        """What becomes of it under a method that solves systems: "solved", "averaged" or "copied"."""
+        if self.group < 0:
+            return "copied"
+        return "averaged" if self.system is None else "solved"
+
+    @property
+    def moments(self) -> tuple[Statistic, ...]:
+        """All second moments that are read for it."""
+        own = self.system.statistics if self.system is not None else ()
+        return (*own, self.metric) if self.metric is not None else own
 
     @property
     def rows(self) -> int:
@@ -178,6 +196,8 @@ class Settings:
         scale: λ, or the rule that finds it: "norm" or "median_norm".
         output: "model", or "adapter": the merged updates as factors.
         rank: To which the factors are truncated, or None.
+        solver: How linear systems are solved, or None.
+        metric: "diagonal" or "gram" where distances are measured in a metric, or None.
     """
 
     method: str
@@ -190,6 +210,8 @@ class Settings:
     measured: bool
     output: str = "model"
     rank: int | None = None
+    solver: Solver | None = None
+    metric: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +224,7 @@ class Plan:
         models: N input indices.
         weights: N weights of the models (of the first tensor, where they vary).
         notes: What the user should know.
+        statistics: The folders of statistics that are read.
     """
 
     recipe: Mapping[str, object]
@@ -216,6 +239,7 @@ class Plan:
     groups: tuple[GroupPlan, ...]
     chunk_elements: int
     notes: tuple[str, ...]
+    statistics: tuple[Input, ...] = ()
 
     @cached_property
     def points(self) -> tuple[int, ...]:
@@ -234,22 +258,30 @@ class Plan:
     def measured_chunks(self, tensor: int) -> tuple[Chunk, ...]:
         """Return what is measured of a tensor: the written chunks; all at once where the factors tell the distances."""
         plan = self.tensors[tensor]
-        if plan.unchanged and self.settings.measured:
+        if self.settings.measured and (plan.unchanged or not self.is_weighed(tensor)):
             return ()
         if plan.factored:
             return chunks_of(tensor, plan.elements, max(1, plan.elements))
         return self.written_chunks(tensor)
 
     def written_chunks(self, tensor: int) -> tuple[Chunk, ...]:
-        """Return the chunks of a tensor: whole rows where updates are added, all at once where factors are written."""
+        """Return the chunks of a tensor: all at once where factors are written, whole rows where they are needed.
+
+        Those are needed where updates are added, and where a metric of matrices maps rows.
+        """
         plan = self.tensors[tensor]
         if plan.merged_rank is not None:
             length = plan.elements
-        elif plan.updates:
+        elif plan.updates or (plan.metric is not None and plan.metric.kind != "diagonal"):
             length = max(1, self.chunk_elements // max(1, plan.columns)) * plan.columns
         else:
             length = self.chunk_elements
         return chunks_of(tensor, plan.elements, max(1, length))
+
+    def is_weighed(self, tensor: int) -> bool:
+        """Return whether a tensor takes part in distances: in a metric, if it has a statistic, or is only copied."""
+        plan = self.tensors[tensor]
+        return self.settings.metric is None or plan.metric is not None or plan.group < 0
 
     def is_one_chunk(self, tensor: int) -> bool:
         """Return whether a tensor is a group by itself and so small that it is measured and written by one read."""
@@ -287,11 +319,11 @@ class Plan:
         """Digests of what the plan depends on, one by one, so that a mismatch can say which part changed."""
         return {
             "recipe": _digest(_without_places(self.recipe)),
-            "sources": _digest([dataclasses.asdict(item) for item in self.inputs]),
+            "sources": _digest([dataclasses.asdict(item) for item in (*self.inputs, *self.statistics)]),
             "layout": _digest(
                 [
-                    [PLAN_SCHEMA, self.chunk_elements, dataclasses.asdict(self.settings)],
-                    [dataclasses.asdict(tensor) for tensor in self.tensors],
+                    [PLAN_SCHEMA, self.chunk_elements, _without_absent(dataclasses.asdict(self.settings))],
+                    [_without_absent(dataclasses.asdict(tensor)) for tensor in self.tensors],
                     [dataclasses.asdict(file) for file in self.files],
                     [dataclasses.asdict(group) for group in self.groups],
                 ]
@@ -317,6 +349,15 @@ def _without_places(recipe: Mapping[str, object]) -> dict[str, object]:
         else {}
     )
     return {**recipe, "pipeline": kept}
+
+
+# What plans of methods without second moments have nothing of; they are the same plans as before there were any.
+_MOMENTS = ("system", "solver", "metric")
+
+
+def _without_absent(body: dict[str, object]) -> dict[str, object]:
+    """Return a part of a plan without what it says about second moments, where that is nothing."""
+    return {key: value for key, value in body.items() if key not in _MOMENTS or value is not None}
 
 
 def _digest(value: object) -> str:

@@ -13,9 +13,11 @@ from typing import TypeVar
 
 from pipeline.checkpoints.adapter import is_adapter, open_adapter
 from pipeline.checkpoints.checkpoint import open_checkpoint
+from pipeline.checkpoints.statistics import Statistics, open_statistics
 from pipeline.errors import CheckpointError, PipelineError, Problem, RecipeError, StorageError
 from pipeline.planning.adapters import Member
 from pipeline.recipe import Recipe
+from pipeline.recipe.content import STARTS
 from pipeline.recipe.references import join_model, model_key, split_model, without_credentials
 from pipeline.storage import MissingObject, UrlError, checked_url
 
@@ -40,6 +42,11 @@ class Sources:
         overs: Of each adapter, the index of the checkpoint it stands on; None for checkpoints.
         base: Index of the base, or None.
         models: N indices.
+        start: Index of the checkpoint that systems start from, or None.
+        statistics: The open folders of statistics, each once.
+        moments: By model, the index of its statistics, or None.
+        base_moments: Index of the base's statistics, or None.
+        metric: Index of the statistics that distances are measured in, or None.
     """
 
     members: tuple[Member, ...]
@@ -47,6 +54,11 @@ class Sources:
     overs: tuple[int | None, ...]
     base: int | None
     models: tuple[int, ...]
+    start: int | None = None
+    statistics: tuple[Statistics, ...] = ()
+    moments: tuple[int | None, ...] = ()
+    base_moments: int | None = None
+    metric: int | None = None
 
     def donors(self, donor: int) -> tuple[Member, ...]:
         """Return whose configuration and tokenizer are taken: a checkpoint, and the adapter over it if named."""
@@ -64,7 +76,11 @@ def open_sources(recipe: Recipe) -> Sources:
     """
     names = [recipe.base_model] if recipe.base_model is not None else []
     names += [entry.model for entry in recipe.models if entry.model not in names]
-    _refuse_urls(names)
+    start = recipe.pipeline.start if recipe.pipeline.start not in (None, *STARTS) else None
+    if start is not None and start not in names:
+        names.append(start)
+    folders = _statistics_folders(recipe)
+    _refuse_urls(names, folders)
     references = _references(recipe, names)
     # Checkpoints first found first, adapters after them: the first input is always a checkpoint.
     order: list[_Parts] = list(dict.fromkeys((path, None) for path, _ in references.values()))
@@ -81,18 +97,47 @@ def open_sources(recipe: Recipe) -> Sources:
         base = index[over.pop(), None]
     if recipe.base_is_input and base is not None:
         models.append(base)
+    if start is not None and order[place[start]][1] is not None:
+        raise RecipeError(
+            Problem(
+                what="is an adapter, which systems cannot start from",
+                where=f"pipeline.start {without_credentials(start)}",
+                remedy="name a full model",
+            )
+        )
+    distinct = list(dict.fromkeys(folder for folder in folders if folder is not None))
+    number: dict[str | None, int | None] = {folder: index for index, folder in enumerate(distinct)}
+    *own, of_base, metric = [number.get(folder) for folder in folders]
     return Sources(
         members=tuple(opened),
         names=tuple(spelled.get(key, join_model(key[0])) for key in order),
         overs=tuple(None if adapter is None else index[path, None] for path, adapter in order),
         base=base,
         models=tuple(models),
+        start=place[start] if start is not None else None,
+        statistics=tuple(_all(distinct, lambda folder: open_statistics(*_with_options(folder, recipe)))),
+        moments=tuple(own),
+        base_moments=of_base,
+        metric=metric,
     )
 
 
-def _refuse_urls(names: Sequence[str]) -> None:
+def _statistics_folders(recipe: Recipe) -> list[str | None]:
+    """Return the folders of statistics of all models, of the base and of the metric; None where there is none."""
+    pipeline = recipe.pipeline
+    metric = pipeline.metric.statistics if pipeline.metric is not None else None
+    return [*(entry.pipeline.statistics for entry in recipe.models), pipeline.base_statistics, metric]
+
+
+def _refuse_urls(names: Sequence[str], folders: Sequence[str | None]) -> None:
     """Raise for URLs that cannot mean a place, all together, before any is asked."""
     problems = []
+    for folder in folders:
+        try:
+            if folder is not None:
+                checked_url(folder, user=False)
+        except UrlError as error:
+            problems += [replace(problem, where=f"statistics {problem.where}") for problem in error.problems]
     for name in names:
         for url in split_model(name):
             try:

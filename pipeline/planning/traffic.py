@@ -18,17 +18,46 @@ def dense_inputs(plan: Plan, tensor: int, points: tuple[int, ...]) -> tuple[int,
 
 
 def measured_inputs(plan: Plan, tensor: int) -> tuple[int, ...]:
-    """Return the inputs that the measuring pass reads whole: none where the factors tell the distances."""
+    """Return the inputs that the measuring pass reads whole: none where nothing, or the factors, tell the distances."""
     if plan.tensors[tensor].group < 0:
         return plan.tensors[tensor].holders
-    return () if plan.tensors[tensor].shared is not None else dense_inputs(plan, tensor, plan.points)
+    unread = plan.tensors[tensor].shared is not None or not plan.is_weighed(tensor)
+    return () if unread else dense_inputs(plan, tensor, plan.points)
 
 
 def merged_inputs(plan: Plan, tensor: int) -> tuple[int, ...]:
     """Return the inputs that the writing pass reads whole: none where factors are written."""
     if plan.tensors[tensor].group < 0:
         return plan.tensors[tensor].holders
+    if plan.tensors[tensor].system is not None:
+        return system_inputs(plan, tensor)
     return () if plan.tensors[tensor].merged_rank is not None else dense_inputs(plan, tensor, written_points(plan))
+
+
+def system_points(plan: Plan) -> tuple[int, ...]:
+    """Return the inputs that a system is written in: first the one that task vectors start from, then the models."""
+    solver = plan.settings.solver
+    quotient = solver is not None and solver.rule == "quotient" and solver.start == "average"
+    # A quotient is the same from wherever its differences are taken; reading the base for it would be in vain.
+    idle = quotient and plan.settings.non_finite != "base"
+    first = plan.models[0] if plan.base is None or idle else plan.base
+    start = () if solver is None or solver.start_input is None else (solver.start_input,)
+    return tuple(dict.fromkeys((first, *plan.models, *start)))
+
+
+def system_inputs(plan: Plan, tensor: int) -> tuple[int, ...]:
+    """Return the distinct inputs that hold the values of a system's points before their updates."""
+    return tuple(dict.fromkeys(plan.dense_input(tensor, index) for index in system_points(plan)))
+
+
+def statistics_bytes(tensor: TensorPlan) -> int:
+    """Return the bytes of one read of the second moments of a tensor's system."""
+    return 0 if tensor.system is None else sum(statistic.size_bytes for statistic in tensor.system.statistics)
+
+
+def metric_bytes(tensor: TensorPlan) -> int:
+    """Return the bytes of one read of what a tensor's distances are measured in: each pass needs it."""
+    return 0 if tensor.metric is None else tensor.metric.size_bytes
 
 
 def input_bytes(tensor: TensorPlan, inputs: tuple[int, ...]) -> int:
@@ -49,13 +78,14 @@ def factor_bytes(tensor: TensorPlan) -> int:
 def measured_bytes(plan: Plan, tensor: int) -> int:
     """Return the bytes that the measuring pass reads of a tensor, tied copies left aside."""
     planned = plan.tensors[tensor]
-    return input_bytes(planned, measured_inputs(plan, tensor)) + factor_bytes(planned)
+    return input_bytes(planned, measured_inputs(plan, tensor)) + factor_bytes(planned) + metric_bytes(planned)
 
 
 def merged_bytes(plan: Plan, tensor: int) -> int:
     """Return the bytes that the writing pass reads of a tensor, tied copies left aside."""
     planned = plan.tensors[tensor]
-    return input_bytes(planned, merged_inputs(plan, tensor)) + factor_bytes(planned)
+    read = input_bytes(planned, merged_inputs(plan, tensor)) + factor_bytes(planned)
+    return read + statistics_bytes(planned) + metric_bytes(planned)
 
 
 def one_read_bytes(plan: Plan) -> int:
@@ -63,6 +93,7 @@ def one_read_bytes(plan: Plan) -> int:
     return sum(
         input_bytes(tensor, (*measured_inputs(plan, index), *merged_inputs(plan, index)))
         + factor_bytes(tensor)
+        + metric_bytes(tensor)
         + alias_bytes(tensor)
         if plan.settings.measured
         else merged_bytes(plan, index) + alias_bytes(tensor)

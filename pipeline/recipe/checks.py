@@ -11,7 +11,16 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-from pipeline.recipe.content import SCALES, ModelEntry, NamedPatterns, PipelineSettings, Recipe, keys_of
+from pipeline.recipe.content import (
+    SCALES,
+    MetricSettings,
+    ModelEntry,
+    ModelSettings,
+    NamedPatterns,
+    PipelineSettings,
+    Recipe,
+    keys_of,
+)
 from pipeline.recipe.document import Path
 from pipeline.recipe.findings import Findings, nearest, path_text
 from pipeline.recipe.parameters import MethodSchema
@@ -44,13 +53,16 @@ IDLE = ("input_model_parameters", "residual_weight", "embed_slerp")
 IDLE_PARAMETERS = (*IDLE, "int8_mask")
 # What `pipeline:` can say only about a method that looks at the models' distances.
 STATISTICS_KEYS = ("scope", "distances", "scale", "tolerance")
-
+# What `pipeline:` can say about second moments; a method's `moment_keys` are those of them that it knows.
+MOMENT_KEYS = ("base_statistics", "start", "start_scale", "average", "metric")
 
 # Which mappings have fixed keys; "[]" stands for any index.
 _SHAPES: Mapping[Path, type[BaseModel]] = {
     (): Recipe,
     ("models", "[]"): ModelEntry,
+    ("models", "[]", "pipeline"): ModelSettings,
     ("pipeline",): PipelineSettings,
+    ("pipeline", "metric"): MetricSettings,
     ("pipeline", "scope", "[]"): NamedPatterns,
 }
 
@@ -176,7 +188,7 @@ def _read_settings(
 def _check_required(read: Mapping[str, object], method: MethodSchema, findings: Findings) -> None:
     document, models = read.get("parameters"), read.get("models")
     for parameter in method.parameters:
-        if parameter.default is not None or (isinstance(document, dict) and parameter.name in document):
+        if not parameter.required or (isinstance(document, dict) and parameter.name in document):
             continue
         if not parameter.per_model:
             what = f"{method.name} needs the parameter `{parameter.name}`"
@@ -211,6 +223,8 @@ def check_conditions(raw: object, method: MethodSchema | None, findings: Finding
         for key in (key for key in STATISTICS_KEYS if key in pipeline):
             what = f"`pipeline.{key}` has no meaning for {method.name}, which measures no distances"
             findings.add(("pipeline", key), what, "leave it out", key=True)
+    if method is not None:
+        _check_moments(method, pipeline, entries or (), base is None, findings)
     _check_output(pipeline, findings)
     _check_storage(pipeline.get("storage"), findings)
     if base is None:
@@ -237,6 +251,36 @@ def _identity(model: str, base: str | None) -> str:
     if adapter is not None and base is not None and model_key(join_model(path)) == model_key(base):
         return model_key(join_model(adapter))
     return model_key(model)
+
+
+def _check_moments(
+    method: MethodSchema, pipeline: Mapping[str, object], entries: Iterable[object], baseless: bool, findings: Findings
+) -> None:
+    """Note what is said about second moments to a method that knows none, and what it misses."""
+    for key in (key for key in MOMENT_KEYS if key in pipeline and key not in method.moment_keys):
+        what = f"`pipeline.{key}` has no meaning for {method.name}"
+        findings.add(("pipeline", key), what, "leave it out", key=True)
+    for index, entry in enumerate(entries):
+        own = entry.get("pipeline") if isinstance(entry, dict) else None
+        given = isinstance(own, dict) and own.get("statistics") is not None
+        if given and not method.needs_moments:
+            what = f"`models[{index}].pipeline.statistics` has no meaning for {method.name}"
+            findings.add(("models", index, "pipeline", "statistics"), what, "leave it out", key=True)
+        elif isinstance(entry, dict) and method.needs_moments and not given:
+            what = f"`models[{index}]` has no statistics, which {method.name} needs"
+            remedy = "collect them by `geomerge calibrate` and add pipeline: {statistics: FOLDER} to the model"
+            findings.add(("models", index), what, remedy)
+    if method.uses_statistics and "average" in pipeline and pipeline.get("metric") is None:
+        what = "`pipeline.average` needs `metric`: Euclidean distances need no statistics"
+        findings.add(("pipeline", "average"), what, "leave it out", key=True)
+    if "start_scale" in pipeline and pipeline.get("start") != "task_arithmetic":
+        what = "`pipeline.start_scale` needs `start: task_arithmetic`"
+        findings.add(("pipeline", "start_scale"), what, "add it under `pipeline:`, or leave this out", key=True)
+    if baseless and method.needs_base:
+        findings.add(("merge_method",), f"{method.name} needs a base model", "add `base_model`")
+    elif baseless and "start" in method.moment_keys and pipeline.get("start") in ("base", "task_arithmetic"):
+        what = f"`pipeline.start: {pipeline['start']}` needs a base model"
+        findings.add(("pipeline", "start"), what, "add `base_model`")
 
 
 def _check_output(pipeline: Mapping[str, object], findings: Findings) -> None:

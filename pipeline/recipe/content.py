@@ -31,6 +31,7 @@ from pipeline.recipe.values import (
     read_number,
     read_size,
     read_word,
+    split_model,
 )
 from pipeline.storage.options import NO_OPTIONS, StorageOptions, check_storage_options
 
@@ -39,6 +40,9 @@ DISTANCES = ("gram", "stream")
 SCALES = ("norm", "median_norm")
 NON_FINITE = ("error", "base")
 OUTPUTS = ("model", "adapter")
+# Where systems start from; anything else is the path or URL of a checkpoint.
+STARTS = ("average", "zero", "base", "task_arithmetic")
+METRICS = ("diagonal", "gram")
 # mergekit's default, and what the Hugging Face hub and its tools are used to.
 DEFAULT_FILE_SIZE_BYTES = 5_000_000_000
 # Far below what any output type can show (2^-24 for float32) and well within reach of the solver.
@@ -93,6 +97,21 @@ def _read_name(raw: object) -> str:
     return raw
 
 
+def _read_place(raw: object) -> str:
+    if not isinstance(raw, str) or not raw.strip():
+        raise RefusalError(f"must be the path or URL of a folder of statistics, not {describe(raw)}")
+    return raw
+
+
+def _read_start(raw: object) -> str:
+    if raw in STARTS:
+        return str(raw)
+    start = read_model(raw)
+    if split_model(start)[1] is not None:
+        raise RefusalError(f"must be a full model, not an adapter on one: {describe(raw)}", "merge the two first")
+    return start
+
+
 def _read_storage(raw: object) -> StorageOptions:
     # What is wrong with them is noted with the place of each fault, by the checks of the whole document.
     if isinstance(raw, StorageOptions):
@@ -115,6 +134,14 @@ Name = Annotated[str, BeforeValidator(_read_name)]
 Storage = Annotated[InstanceOf[StorageOptions], BeforeValidator(_read_storage), PlainSerializer(StorageOptions.to_json)]
 
 
+class ModelSettings(_Frozen):
+    """What mergekit has no word for, of one model."""
+
+    statistics: Annotated[str | None, _optional(_read_place)] = Field(
+        default=None, description="Path or URL of the folder of the model's statistics, as `geomerge calibrate` writes."
+    )
+
+
 class ModelEntry(_Frozen):
     """One input model and its own parameters."""
 
@@ -122,6 +149,9 @@ class ModelEntry(_Frozen):
         description="Path or URL of the folder of a model or adapter; base+adapter for an adapter on that base."
     )
     parameters: Settings = Field(default={}, description="Parameters of this model; they win over the document's.")
+    pipeline: Annotated[ModelSettings, BeforeValidator(_empty_when_null)] = Field(
+        default=ModelSettings(), description="What mergekit has no word for, of this model."
+    )
 
 
 class NamedPatterns(_Frozen):
@@ -150,6 +180,17 @@ Scope = Annotated[
     | Annotated[tuple[NamedPatterns, ...], Field(min_length=1), AfterValidator(_check_names), Tag("sets")],
     Discriminator(_scope_kind),
 ]
+
+
+class MetricSettings(_Frozen):
+    """The metric that distances are measured in."""
+
+    kind: Annotated[Literal["diagonal", "gram"], _word(*METRICS)] = Field(
+        description="diagonal: each element counts by its diagonal statistic; gram: each matrix by its inputs."
+    )
+    statistics: Annotated[str, BeforeValidator(_read_place)] = Field(
+        description="Path or URL of the folder of statistics."
+    )
 
 
 class PipelineSettings(_Frozen):
@@ -198,6 +239,26 @@ class PipelineSettings(_Frozen):
         default=NO_OPTIONS,
         description="How stores are opened, by scheme or URL prefix: endpoint_url, region, profile and anon for s3. No"
         " credentials.",
+    )
+    base_statistics: Annotated[str | None, _optional(_read_place)] = Field(
+        default=None, description="Path or URL of the folder of the base model's statistics."
+    )
+    start: Annotated[str | None, _optional(_read_start)] = Field(
+        default=None,
+        description="Where solving starts and what directions keep that no statistic sees: average (the default), zero,"
+        " base, task_arithmetic, or the path or URL of a checkpoint.",
+    )
+    start_scale: Annotated[float | None, _optional(read_number)] = Field(
+        default=None, description="Factor on the sum of the task vectors, of `start: task_arithmetic`; 1 when absent."
+    )
+    average: tuple[Name, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="Patterns of tensor names that are averaged, although they have no statistic, or whether they have"
+        " one or not; * stands for any text, ? for one character.",
+    )
+    metric: MetricSettings | None = Field(
+        default=None, description="Measure distances in the metric of second moments; Euclidean when absent."
     )
 
 

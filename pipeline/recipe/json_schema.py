@@ -10,14 +10,18 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel
 
-from pipeline.recipe.checks import IDLE, IDLE_PARAMETERS, STATISTICS_KEYS
+from pipeline.recipe.checks import IDLE, IDLE_PARAMETERS, MOMENT_KEYS, STATISTICS_KEYS
 from pipeline.recipe.content import (
     DISTANCES,
+    METRICS,
     NON_FINITE,
     OUTPUTS,
     SCALES,
     SCOPES,
+    STARTS,
+    MetricSettings,
     ModelEntry,
+    ModelSettings,
     NamedPatterns,
     PipelineSettings,
     Recipe,
@@ -57,6 +61,15 @@ _PATH_OBJECT: Schema = {
     "additionalProperties": False,
 }
 _MODEL: Schema = {"anyOf": [_PATH, _PATH_OBJECT]}
+_FULL_PATH: Schema = {"type": "string", "pattern": rf"^{_HALF}\\*$"}
+_FULL_OBJECT: Schema = {
+    "type": "object",
+    "properties": {"model": _FOLDER, "lora": _NULL, "override_architecture": _NULL},
+    "required": ["model"],
+    "additionalProperties": False,
+}
+_START: Schema = {"anyOf": [_NULL, {"enum": list(STARTS)}, _FULL_PATH, _FULL_OBJECT]}
+_OPTIONAL_PLACE: Schema = {"type": ["string", "null"], "pattern": r"\S"}
 _DTYPE: Schema = {"enum": [None, *DTYPES, *(f"torch.{name}" for name in DTYPES)]}
 _FRACTION: Schema = {"anyOf": [{"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}, _POSITIVE_TEXT]}
 _OPTIONAL_OBJECT: Schema = {"type": ["object", "null"]}
@@ -133,7 +146,9 @@ def _with_idle(schema: Schema) -> Schema:
 
 
 def _entry_schema() -> Schema:
-    return _with_idle(_object_schema(ModelEntry, {"model": _MODEL, "parameters": _OPTIONAL_OBJECT}, ("model",)))
+    own = {**_object_schema(ModelSettings, {"statistics": _OPTIONAL_PLACE}, ()), "type": ["object", "null"]}
+    values: dict[str, Schema] = {"model": _MODEL, "parameters": _OPTIONAL_OBJECT, "pipeline": own}
+    return _with_idle(_object_schema(ModelEntry, values, ("model",)))
 
 
 def _pipeline_schema() -> Schema:
@@ -154,6 +169,11 @@ def _pipeline_schema() -> Schema:
         "output": {"enum": list(OUTPUTS)},
         "rank": {"anyOf": [_NULL, {"type": "integer", "minimum": 1}]},
         "storage": _STORAGE,
+        "base_statistics": _OPTIONAL_PLACE,
+        "start": _START,
+        "start_scale": {"anyOf": [_NULL, *_branches(number)]},
+        "average": {"anyOf": [_NULL, {"type": "array", "minItems": 1, "items": _TEXT}]},
+        "metric": _metric_schema(),
     }
     adapter: Schema = {"type": "object", "properties": {"output": {"const": "adapter"}}, "required": ["output"]}
     return {
@@ -162,7 +182,15 @@ def _pipeline_schema() -> Schema:
         "if": adapter,
         "then": {"properties": {"file_size": False}},
         "else": {"properties": {"rank": _NULL}},
+        "dependentSchemas": {
+            "start_scale": {"properties": {"start": {"const": "task_arithmetic"}}, "required": ["start"]}
+        },
     }
+
+
+def _metric_schema() -> Schema:
+    values: dict[str, Schema] = {"kind": {"enum": list(METRICS)}, "statistics": _TEXT}
+    return {**_object_schema(MetricSettings, values, ("kind", "statistics")), "type": ["object", "null"]}
 
 
 def _branches(schema: Schema) -> list[Schema]:
@@ -176,14 +204,36 @@ def _method_schema(method: MethodSchema) -> Schema:
     document = _settings_schema({parameter.name: parameter for parameter in method.parameters})
     entry: Schema = {"type": "object", "properties": {"parameters": _settings_schema(own)}}
     properties: Schema = {"parameters": document, "models": {"type": "array", "items": entry}}
-    if not method.uses_statistics:
-        properties["pipeline"] = {"properties": dict.fromkeys(STATISTICS_KEYS, False)}
+    properties["pipeline"] = _method_pipeline_schema(method)
+    if method.needs_moments:
+        given: Schema = {"properties": {"statistics": {"type": "string"}}, "required": ["statistics"]}
+        entry["properties"] = {"parameters": _settings_schema(own), "pipeline": {"type": "object", **given}}
+        entry["required"] = ["pipeline"]
+    else:
+        none: Schema = {"properties": {"statistics": _NULL}}
+        entry["properties"] = {"parameters": _settings_schema(own), "pipeline": none}
     then: Schema = {"properties": properties}
-    required = [_required_schema(parameter) for parameter in method.parameters if parameter.default is None]
+    if method.needs_base:
+        then = {**then, "required": ["base_model"]}
+        properties["base_model"] = {"not": _NULL}
+    required = [_required_schema(parameter) for parameter in method.parameters if parameter.required]
     # JSON Schema allows no empty allOf.
     if required:
         then["allOf"] = required
     return {"if": {"properties": {"merge_method": {"const": method.name}}, "required": ["merge_method"]}, "then": then}
+
+
+def _method_pipeline_schema(method: MethodSchema) -> Schema:
+    """Return what a method forbids under `pipeline:`."""
+    idle = [key for key in MOMENT_KEYS if key not in method.moment_keys]
+    if not method.uses_statistics:
+        idle += STATISTICS_KEYS
+    schema: Schema = {"properties": dict.fromkeys(idle, False)}
+    if method.uses_statistics:
+        # Only with a metric are there tensors without one.
+        schema["if"] = {"type": "object", "required": ["average"]}
+        schema["then"] = {"properties": {"metric": {"not": _NULL}}, "required": ["metric"]}
+    return schema
 
 
 def _settings_schema(parameters: Mapping[str, Parameter]) -> Schema:
@@ -200,7 +250,7 @@ def _setting_schema(parameter: Parameter) -> Schema:
     described: Schema = {"description": parameter.description}
     if parameter.default is not None:
         described["default"] = parameter.default
-    if parameter.constant:
+    if parameter.constant or parameter.kind in ("count", "word"):
         return {**described, **scalar}
     gradient: Schema = {"type": "array", "minItems": 1, "items": scalar}
     rule: Schema = {
@@ -215,6 +265,10 @@ def _setting_schema(parameter: Parameter) -> Schema:
 def _scalar_schema(parameter: Parameter) -> Schema:
     if parameter.kind == "boolean":
         return {"enum": [True, False, 0, 1]}
+    if parameter.kind == "word":
+        return {"enum": list(parameter.choices)}
+    if parameter.kind == "count":
+        return {"type": "integer", "minimum": 1}
     if parameter.positive:
         return {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, _POSITIVE_TEXT]}
     return {"anyOf": [{"type": "number"}, _NUMBER_TEXT]}
@@ -232,7 +286,7 @@ def _required_schema(parameter: Parameter) -> Schema:
 
 
 def _base_conditions() -> list[Schema]:
-    """Return what needs a base model: values of the base, a scale, the base's tokenizer."""
+    """Return what needs a base model: values of the base, a scale, a start at it, the base's tokenizer."""
     neutral: Schema = {"anyOf": [{"const": 1}, {"type": "string", "pattern": r"^\s*\+?1(\.0*)?([eE][+-]?0+)?\s*$"}]}
     scaled: Schema = {"type": "object", "properties": {"scale": {"not": neutral}}, "required": ["scale"]}
     replaced: Schema = {
@@ -240,8 +294,13 @@ def _base_conditions() -> list[Schema]:
         "properties": {"non_finite": {"const": "base"}},
         "required": ["non_finite"],
     }
+    started: Schema = {
+        "type": "object",
+        "properties": {"start": {"enum": ["base", "task_arithmetic"]}},
+        "required": ["start"],
+    }
     conditions: list[Schema] = [
-        {"properties": {"pipeline": need}, "required": ["pipeline"]} for need in (scaled, replaced)
+        {"properties": {"pipeline": need}, "required": ["pipeline"]} for need in (scaled, replaced, started)
     ]
     conditions.append({"properties": {"tokenizer_source": {"const": "base"}}, "required": ["tokenizer_source"]})
     based: Schema = {"properties": {"base_model": {"not": _NULL}}, "required": ["base_model"]}

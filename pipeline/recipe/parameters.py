@@ -15,21 +15,30 @@ class Parameter:
 
     Attributes:
         name: The key in `parameters:`.
-        kind: What its values are.
-        default: The value when the recipe gives none; None makes the parameter required.
+        kind: What its values are; a count is a whole number greater than zero, a word one of `choices`.
+        default: The value when the recipe gives none; None makes the parameter required, unless it is optional.
         per_model: Whether each model may have its own value; otherwise the document alone may set it.
         positive: Whether numbers must be greater than zero.
-        constant: Whether filters and gradients are refused: one value per model.
+        constant: Whether filters and gradients are refused: one value per model. Always so of counts and words.
+        optional: Whether the method knows what to do without a value that the recipe does not give.
+        choices: The words of a word.
         description: One line for people and for the editors' schema.
     """
 
     name: str
-    kind: Literal["number", "boolean"]
-    default: float | bool | None
+    kind: Literal["number", "boolean", "count", "word"]
+    default: float | bool | str | None
     per_model: bool
     positive: bool = False
     constant: bool = False
+    optional: bool = False
+    choices: tuple[str, ...] = ()
     description: str
+
+    @property
+    def required(self) -> bool:
+        """Whether the recipe must give a value."""
+        return self.default is None and not self.optional
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +49,19 @@ class MethodSchema:
         name: The value of `merge_method:`.
         parameters: What may stand in `parameters:`, in the order of documentation.
         uses_statistics: Whether scope, distances, scale and tolerance of `pipeline:` have a meaning.
+        moment_keys: Which of the keys about second moments have a meaning, as checks.py lists them.
+        needs_moments: Whether every model needs `pipeline: {statistics: ...}`.
+        needs_base: Whether the recipe must name a base model.
+        solves: Whether tensors are solutions of linear systems.
     """
 
     name: str
     parameters: tuple[Parameter, ...]
     uses_statistics: bool
+    moment_keys: tuple[str, ...] = ()
+    needs_moments: bool = False
+    needs_base: bool = False
+    solves: bool = False
 
     def parameter(self, name: str) -> Parameter:
         """Return the parameter of that name.

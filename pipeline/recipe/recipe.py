@@ -11,12 +11,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.errors import Problem, RecipeError
-from pipeline.recipe.checks import check_conditions, check_method, check_parameters, known_part
+from pipeline.recipe.checks import MOMENT_KEYS, check_conditions, check_method, check_parameters, known_part
 from pipeline.recipe.content import ModelEntry, NamedPatterns, PipelineSettings, Recipe
 from pipeline.recipe.document import Path, read_document
 from pipeline.recipe.findings import Findings, path_text
 from pipeline.recipe.json_schema import recipe_schema
 from pipeline.recipe.parameters import MethodSchema
+from pipeline.recipe.references import shown
 from pipeline.recipe.values import RefusalError, describe, model_key, without_credentials
 
 __all__ = ["ModelEntry", "NamedPatterns", "PipelineSettings", "Recipe", "canonical", "parse_recipe", "recipe_schema"]
@@ -116,6 +117,16 @@ def canonical(recipe: Recipe) -> dict[str, object]:
     for key in ("base_model", "tokenizer_source"):
         if content[key] is not None:
             content[key] = without_credentials(content[key])
+    pipeline = content["pipeline"]
+    # What most methods know nothing of is left out where nothing is said.
+    for key in (key for key in MOMENT_KEYS if pipeline.get(key, "") is None):
+        del pipeline[key]
+    for place, key in ((pipeline, "base_statistics"), (pipeline, "start"), (pipeline.get("metric", {}), "statistics")):
+        if key in place:
+            place[key] = shown(place[key])
     for entry in content["models"]:
         entry["model"] = without_credentials(entry["model"])
+        own = entry.pop("pipeline")
+        if own["statistics"] is not None:
+            entry["pipeline"] = {"statistics": shown(own["statistics"])}
     return content

@@ -13,7 +13,15 @@ from pipeline.recipe.content import Recipe
 from pipeline.recipe.document import Path
 from pipeline.recipe.findings import Findings, nearest, path_text
 from pipeline.recipe.parameters import MethodSchema, Parameter
-from pipeline.recipe.values import RefusalError, describe, read_boolean, read_number, without_credentials
+from pipeline.recipe.values import (
+    RefusalError,
+    describe,
+    read_boolean,
+    read_count,
+    read_number,
+    read_word,
+    without_credentials,
+)
 
 # The filter that, like no filter, matches every tensor.
 _MATCH_ALL = "*"
@@ -29,9 +37,9 @@ def read_setting(raw: object, parameter: Parameter, path: Path, findings: Findin
         findings: Collects what is wrong.
 
     Returns:
-        The same shape with floats or booleans; None where something is wrong.
+        The same shape with floats, booleans, counts or words; None where something is wrong.
     """
-    if parameter.constant and isinstance(raw, (list, dict)):
+    if (parameter.constant or parameter.kind in ("count", "word")) and isinstance(raw, (list, dict)):
         what = f"`{path_text(path)}` must be a single {parameter.kind}, not {describe(raw)}"
         findings.add(path, what, f"{parameter.name} is one value per model here: no filters, no gradients")
         return None
@@ -77,8 +85,12 @@ def _has_mapping(values: list[object]) -> bool:
     return any(isinstance(value, dict) for value in values)
 
 
-def _read_scalar(raw: object, parameter: Parameter, path: Path, findings: Findings) -> float | bool | None:
+def _read_scalar(raw: object, parameter: Parameter, path: Path, findings: Findings) -> float | bool | str | None:
     try:
+        if parameter.kind == "word":
+            return read_word(raw, parameter.choices)
+        if parameter.kind == "count":
+            return read_count(raw)
         value = read_boolean(raw) if parameter.kind == "boolean" else read_number(raw)
         if parameter.positive and value <= 0:
             remedy = "leave the model out to exclude it" if parameter.per_model else ""
@@ -91,7 +103,7 @@ def _read_scalar(raw: object, parameter: Parameter, path: Path, findings: Findin
 
 def resolve(
     recipe: Recipe, method: MethodSchema, name: str, *, model: int | None, tensor: str, layer: int | None, layers: int
-) -> float | bool:
+) -> float | bool | str:
     """Return the value of a parameter for one tensor of one model: the model's setting, the document's, the default.
 
     Args:
@@ -169,7 +181,7 @@ def unused_filters(recipe: Recipe, tensors: Iterable[str]) -> tuple[Problem, ...
     )
 
 
-def _rules(setting: object) -> list[tuple[str, list[float | bool]]]:
+def _rules(setting: object) -> list[tuple[str, list[float | bool | str]]]:
     """Return a setting of any form as (filter, values) pairs."""
     if isinstance(setting, dict):
         value = setting["value"]
@@ -179,7 +191,7 @@ def _rules(setting: object) -> list[tuple[str, list[float | bool]]]:
     return [(_MATCH_ALL, setting if isinstance(setting, list) else [setting])]  # type: ignore[list-item]
 
 
-def _match(setting: object, tensor: str) -> list[float | bool] | None:
+def _match(setting: object, tensor: str) -> list[float | bool | str] | None:
     return next((values for text, values in _rules(setting) if text == _MATCH_ALL or text in tensor), None)
 
 
@@ -190,12 +202,12 @@ def _position(layer: int | None, layers: int) -> float:
     return layer / (layers - 1) if layers > 1 else 1.0
 
 
-def _at(values: list[float | bool], position: float) -> float | bool:
-    """Return a gradient's value: numbers are interpolated, switches step."""
+def _at(values: list[float | bool | str], position: float) -> float | bool | str:
+    """Return a gradient's value: numbers are interpolated, switches step; a word is one value."""
     place = position * (len(values) - 1)
     left = min(int(place), len(values) - 1)
-    if isinstance(values[left], bool):
-        return values[left]
+    below, above = values[left], values[min(left + 1, len(values) - 1)]
     share = place - left
-    right = min(left + 1, len(values) - 1)
-    return values[left] if share == 0.0 else (1.0 - share) * values[left] + share * values[right]
+    if isinstance(below, (bool, str)) or isinstance(above, (bool, str)) or share == 0.0:
+        return below
+    return (1.0 - share) * below + share * above

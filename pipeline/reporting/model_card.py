@@ -61,6 +61,8 @@ def model_card(report: dict[str, Any], recipe_text: str) -> str:
 
 def _sentence(report: dict[str, Any]) -> str:
     count = len(report["models"])
+    if "treatments" in report:
+        return _solved_sentence(report)
     if report["method"] != "geometric_median":
         return f"The weighted average of {count} models."
     if not report["groups"]:
@@ -80,9 +82,30 @@ def _sentence(report: dict[str, Any]) -> str:
     return f"{median} Written is not the median itself but base + λ·(median − base), with λ = {span}."
 
 
+def _solved_sentence(report: dict[str, Any]) -> str:
+    """Return what a method that solves systems has made."""
+    solver, kinds = report["solver"], report["treatments"]
+    how = {"quotient": "in closed form", "gradient_matching": "in closed form", "direct": "directly"}
+    solved = how.get(
+        solver["rule"], f"by at most {solver['iterations']} conjugate gradient steps from {solver['start']}"
+    )
+    parts = [f"{kinds[kind]['tensors']} {kind}" for kind in ("averaged", "copied") if kinds[kind]["tensors"]]
+    rest = f"; {' and '.join(parts)}" if parts else ""
+    return (
+        f"{report['method']} of {len(report['models'])} models: {kinds['solved']['tensors']} tensors are solutions of"
+        f" linear systems with {solver['objective']} moments, solved {solved}{rest}."
+    )
+
+
 def _table(report: dict[str, Any], models: list[str]) -> list[str]:
     """Return the coefficients: one row a group, or where there is one group only, one row a model."""
     groups = report["groups"]
+    if "treatments" in report:
+        rows = ["| model | weight |", "| --- | --- |"]
+        rows += [
+            f"| {model} | {weight:.4g} |" for model, weight in zip(models[:_ROWS], report["weights"], strict=False)
+        ]
+        return rows + _more(len(models) - _ROWS, "models")
     if not groups:
         return ["All models have the same values: nothing was solved."]
     if len(groups) > 1:

@@ -13,6 +13,7 @@ from pipeline.engine.driver import Outcome
 from pipeline.engine.run_folder import DISTANCES
 from pipeline.engine.solutions import TABLE_MODELS
 from pipeline.planning.plan import Plan
+from pipeline.reporting.treatments import system_notes
 
 # Names in one sentence before the rest is counted.
 _SHOWN = 4
@@ -31,6 +32,7 @@ def observations(plan: Plan, outcome: Outcome) -> list[str]:
         *_long_vectors(plan, outcome),
         *_left_out(plan, outcome),
         *_cut_off(plan, outcome),
+        *system_notes(plan, [record for written in outcome.written for record in written.systems]),
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.planning.cost import Cost, Rates
 from pipeline.planning.memory import Memory
 from pipeline.planning.plan import Plan
+from pipeline.reporting.treatments import solver_facts, treatments
 
 
 def plan_summary(
@@ -54,6 +55,7 @@ def plan_summary(
         "seconds": {name: round(value, 2) for name, value in cost.seconds.items()},
         "rates": _rates(rates),
         "planning_seconds": round(seconds, 3),
+        **({"solver": solver_facts(plan), "treatments": treatments(plan)} if plan.settings.solver else {}),
         "notes": list(plan.notes),
     }
 

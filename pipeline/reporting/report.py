@@ -13,7 +13,9 @@ from pipeline import __version__
 from pipeline.engine.driver import Outcome, written_distances
 from pipeline.engine.solutions import Solution, geometry
 from pipeline.planning.plan import Plan
+from pipeline.planning.solving import AVERAGED
 from pipeline.reporting.observations import discarded_share, observations
+from pipeline.reporting.treatments import solver_facts, system_entries, treatments
 
 # Raised when a key changes its meaning or goes away.
 REPORT_SCHEMA = 1
@@ -64,6 +66,7 @@ def build_report(
             for index, tensor in enumerate(plan.tensors)
             if tensor.merged_rank
         ],
+        **(_systems(plan, outcome) if plan.settings.solver is not None else {}),
         "notes": [*plan.notes, *observations(plan, outcome)],
         "recipe": plan.recipe,
         "bytes_read": outcome.usage.read_bytes,
@@ -82,8 +85,21 @@ def build_report(
     }
 
 
+def _systems(plan: Plan, outcome: Outcome) -> dict[str, Any]:
+    """Return what a method that solves systems adds: how, for which tensors, and how each of them ended."""
+    records = [record for written in outcome.written for record in written.systems]
+    return {
+        "solver": solver_facts(plan),
+        "treatments": treatments(plan),
+        "systems": system_entries(plan, records),
+    }
+
+
 def _has_say(plan: Plan, solution: Solution) -> bool:
     """Return whether a group depends on the method: what no adapter touches is the base's under any."""
+    if plan.settings.solver is not None:
+        # Solved tensors have no coefficients of models.
+        return plan.groups[solution.group].name == AVERAGED
     return solution.median is not None or not plan.settings.measured
 
 

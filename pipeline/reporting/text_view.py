@@ -26,29 +26,31 @@ def report_view(report: Mapping[str, Any], output: str) -> Iterator[str | Table]
         report: The report.
         output: The output as the user named it.
     """
-    groups = report["groups"]
+    # Where tensors are solved, coefficients are those of the few that are averaged.
+    groups = [] if "systems" in report else report["groups"]
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=f"{report['method']} of {counted(len(report['models']), 'model')}")
     table.add_column("model")
     table.add_column("weight", justify="right")
-    table.add_column("coefficient" if len(groups) == 1 else "mean coefficient", justify="right")
+    if "systems" not in report:
+        table.add_column("coefficient" if len(groups) == 1 else "mean coefficient", justify="right")
     if any(group["norms"] for group in groups):
         table.add_column("norm", justify="right")
     for row, model in enumerate(report["models"][:_TABLE_ROWS]):
         shares = [group["coefficients"][row] for group in groups]
         norms = [group["norms"][row] for group in groups if group["norms"]]
         norm = [f"{sum(value**2 for value in norms) ** 0.5:.4g}"] if norms else []
-        mean = f"{sum(shares) / len(shares):.6f}" if shares else ""
-        table.add_row(Text(model["model"]), f"{report['weights'][row]:.4g}", mean, *norm)
+        mean = [f"{sum(shares) / len(shares):.6f}" if shares else ""] if "systems" not in report else []
+        table.add_row(Text(model["model"]), f"{report['weights'][row]:.4g}", *mean, *norm)
     yield table
     if len(report["models"]) > _TABLE_ROWS:
         yield f"and {len(report['models']) - _TABLE_ROWS} more models, in geomerge_report.json"
     resumed = f" ({counted(report['resumed_files'], 'file')} found done)" if report["resumed_files"] else ""
     yield (
-        f"{output}: {_findings(report)}{counted(len(groups), 'group')},"
-        f" {counted(len(report['files']), 'file')}{resumed},"
+        f"{output}: {_findings(report)}{'' if 'systems' in report else counted(len(groups), 'group') + ', '}"
+        f"{counted(len(report['files']), 'file')}{resumed},"
         # Also said of a merge that was found finished, so not as if it were done just now.
         f" {format_bytes(report['bytes_written'])}; the run that committed it took"
         f" {counted(report['passes'], 'pass')} over the inputs, {format_seconds(sum(report['seconds'].values()))}"
@@ -60,6 +62,11 @@ def _findings(report: Mapping[str, Any]) -> str:
     groups = report["groups"]
     gaps = [group["relative_gap"] for group in groups if group["relative_gap"] is not None]
     text = f"certified to a relative gap of {max(gaps):.1e}; " if gaps else ""
+    if "treatments" in report:
+        kinds = ((kind, entry["tensors"]) for kind, entry in report["treatments"].items())
+        text += ", ".join(f"{kind} {counted(number, 'tensor')}" for kind, number in kinds if number) + "; "
+        left = sum(not entry["converged"] for entry in report["systems"])
+        text += f"{counted(left, 'system')} did not reach the tolerance; " if left else ""
     if report["rank"]:
         text += f"rank {report['rank']} keeps {1.0 - report['discarded_energy']:.2%} of the update's squared norm; "
     scales = {group["scale"] for group in groups}
@@ -72,7 +79,10 @@ def plan_view(summary: Mapping[str, Any]) -> Iterator[str]:
         f"{summary['method']} of {len(summary['models'])} models, scope {summary['scope']}:"
         f" {summary['tensors']} tensors, {summary['elements']:,} elements, {summary['chunks']} chunks"
     )
-    yield f"groups   {len(summary['groups'])}: " + _listed([group["name"] for group in summary["groups"]])
+    if "treatments" in summary:
+        yield from _treatments(summary)
+    else:
+        yield f"groups   {len(summary['groups'])}: " + _listed([group["name"] for group in summary["groups"]])
     yield (
         f"read     {format_bytes(summary['bytes_to_read'])} in {counted(summary['passes'], 'pass')};"
         f" write {format_bytes(summary['bytes_to_write'])} in {_sized([file['bytes'] for file in summary['files']])}"
@@ -85,6 +95,20 @@ def plan_view(summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"time     {format_seconds(sum(summary['seconds'].values()))} ({parts}; rates {summary['rates']})"
     for note in summary["notes"]:
         yield f"note     {note}"
+
+
+def _treatments(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what becomes of every tensor, and how systems are solved."""
+    solver = summary["solver"]
+    parts = [f"{solver['objective']} moments, {solver['rule'].replace('_', ' ')}, start {solver['start']}"]
+    if solver["iterations"] is not None:
+        parts.append(f"at most {solver['iterations']} iterations to {solver['tolerance']:g}")
+    yield f"systems  {', '.join(parts)}"
+    for kind, entry in summary["treatments"].items():
+        if entry["tensors"]:
+            # Of what is solved the names would be most of the model.
+            names = "" if kind == "solved" else f": {_listed(entry['names'])}"
+            yield f"{kind:8} {counted(entry['tensors'], 'tensor')}, {entry['elements']:,} elements{names}"
 
 
 def verified_view(result: Mapping[str, Any]) -> Iterator[str]:

@@ -35,10 +35,65 @@ TIES = MethodSchema(
         Parameter(name="t", kind="number", default=None, per_model=False, description="Required for all."),
     ),
 )
-METHODS = {method.name: method for method in (LINEAR, MEDIAN, TIES)}
+MATS = MethodSchema(
+    name="mats",
+    uses_statistics=False,
+    parameters=(
+        Parameter(name="weight", kind="number", default=1.0, per_model=True, constant=True, description="Weight."),
+        Parameter(
+            name="objective",
+            kind="word",
+            default="gram",
+            per_model=False,
+            choices=("gram", "kfac"),
+            description="Which moments.",
+        ),
+        Parameter(name="iterations", kind="count", default=100, per_model=False, description="Most iterations."),
+        Parameter(
+            name="data_size", kind="number", default=None, per_model=True, optional=True, description="How much data."
+        ),
+    ),
+    moment_keys=("start", "start_scale", "average"),
+    needs_moments=True,
+    solves=True,
+)
+ROOTED = MethodSchema(
+    name="rooted", uses_statistics=False, parameters=(), moment_keys=("base_statistics",), needs_base=True
+)
+METRIC = MethodSchema(name="metric_median", uses_statistics=True, parameters=(), moment_keys=("average", "metric"))
+METHODS = {method.name: method for method in (LINEAR, MEDIAN, TIES, MATS, ROOTED, METRIC)}
 
 # Each is a whole recipe that must be accepted.
 ACCEPTED = {
+    "statistics": """
+merge_method: mats
+base_model: base
+parameters: {objective: kfac, iterations: 20}
+models:
+  - model: a
+    parameters: {weight: 2, data_size: 1e5}
+    pipeline: {statistics: s3://bucket/statistics+a}
+  - model: b
+    pipeline: {statistics: ./b}
+pipeline:
+  start: task_arithmetic
+  start_scale: 0.3
+  average: ["*.embed*", lm_head.weight]
+""",
+    "start at a checkpoint": """
+merge_method: mats
+models: [{model: a, pipeline: {statistics: s}}]
+pipeline: {start: s3://bucket/merged}
+""",
+    "statistics of the base": "merge_method: rooted\nbase_model: b\nmodels: [{model: a}]\n"
+    "pipeline: {base_statistics: c}",
+    "metric": """
+merge_method: metric_median
+models: [{model: a}]
+pipeline: {metric: {kind: gram, statistics: s}, average: ["*norm*"]}
+""",
+    "nothing about moments": "merge_method: mats\nmodels: [{model: a, pipeline: {statistics: s}}]\n"
+    "pipeline: {start: null, average: null}",
     "least": "merge_method: linear\nmodels: [{model: a}]",
     "mergekit linear": """
 merge_method: linear

@@ -4,8 +4,69 @@ _LINEAR = "merge_method: linear\nmodels: [{model: a}]\n"
 _MEDIAN = "merge_method: geometric_median\nmodels: [{model: a}]\n"
 _ADAPTER = _LINEAR + "pipeline:\n  output: adapter\n"
 _BASE = _MEDIAN + "base_model: base\n"
+_MATS = "merge_method: mats\nmodels: [{model: a, pipeline: {statistics: s}}]\n"
+_METRIC = "merge_method: metric_median\nmodels: [{model: a}]\n"
 # Each is a whole recipe, what must be said about it, and the line; a schema can see it too.
 REFUSED = {
+    "no statistics": (
+        "merge_method: mats\nmodels:\n- model: a\n  pipeline: {statistics: s}\n- model: b",
+        "`models[1]` has no statistics, which mats needs",
+        5,
+    ),
+    "statistics without a use": (
+        "merge_method: linear\nmodels: [{model: a, pipeline: {statistics: s}}]",
+        "`models[0].pipeline.statistics` has no meaning for linear",
+        2,
+    ),
+    "statistics that are no place": (
+        "merge_method: mats\nmodels: [{model: a, pipeline: {statistics: 7}}]",
+        "must be the path or URL of a folder of statistics, not 7",
+        2,
+    ),
+    "misspelt statistics": (
+        "merge_method: linear\nmodels: [{model: a, pipeline: {statistic: s}}]",
+        "unknown key `statistic` in `models[0].pipeline` (did you mean `statistics`?)",
+        2,
+    ),
+    "start without a use": (_LINEAR + "pipeline: {start: zero}", "`pipeline.start` has no meaning for linear", 3),
+    "start at a base that is not there": (_MATS + "pipeline: {start: base}", "`pipeline.start: base` needs a base", 3),
+    "start at an adapter": (_MATS + "pipeline: {start: a+b}", "must be a full model, not an adapter on one", 3),
+    "scale of another start": (
+        _MATS + "pipeline: {start: zero, start_scale: 0.3}",
+        "`pipeline.start_scale` needs `start: task_arithmetic`",
+        3,
+    ),
+    "average of nothing": (_MATS + "pipeline: {average: []}", "`pipeline.average` is an empty list", 3),
+    "average of a text": (_MATS + "pipeline: {average: lm_head}", "`pipeline.average` must be a list", 3),
+    "average without a metric": (_METRIC + "pipeline: {average: [a]}", "`pipeline.average` needs `metric`", 3),
+    "metric without a use": (
+        _MEDIAN + "pipeline: {metric: {kind: gram, statistics: s}}",
+        "`pipeline.metric` has no meaning for geometric_median",
+        3,
+    ),
+    "kind of metric": (
+        _METRIC + "pipeline: {metric: {kind: grm, statistics: s}}",
+        'must be one of diagonal, gram, not "grm" (did you mean `gram`?)',
+        3,
+    ),
+    "metric without statistics": (
+        _METRIC + "pipeline: {metric: {kind: gram}}",
+        "`pipeline.metric.statistics` is missing",
+        3,
+    ),
+    "no base": ("merge_method: rooted\nmodels: [{model: a}]", "rooted needs a base model", 1),
+    "base's statistics without a use": (
+        _MATS + "pipeline: {base_statistics: s}",
+        "`pipeline.base_statistics` has no meaning for mats",
+        3,
+    ),
+    "unknown word": (
+        _MATS + "parameters: {objective: kfca}",
+        'must be one of gram, kfac, not "kfca" (did you mean `kfac`?)',
+        3,
+    ),
+    "list of words": (_MATS + "parameters: {objective: [gram]}", "must be a single word, not a list", 3),
+    "half an iteration": (_MATS + "parameters: {iterations: 1.5}", "must be a whole number greater than 0, not 1.5", 3),
     "unknown key": (_LINEAR + "out_dtpye: float32", "unknown key `out_dtpye` (did you mean `out_dtype`?)", 3),
     "unknown key of an entry": (
         "merge_method: linear\nmodels:\n- model: a\n  paramters: {}",
@@ -39,12 +100,12 @@ REFUSED = {
     "unknown method": (
         "models: [{model: a}]\nmerge_method: geometric_medain",
         'there is no merge method "geometric_medain" (did you mean `geometric_median`? Known are geometric_median,'
-        " linear, ties)",
+        " linear, mats, metric_median, rooted, ties)",
         2,
     ),
     "method unlike any": (
         "models: [{model: a}]\nmerge_method: qqqq",
-        'there is no merge method "qqqq" (known here: geometric_median, linear, ties)',
+        'there is no merge method "qqqq" (known here: geometric_median, linear, mats, metric_median, rooted, ties)',
         2,
     ),
     "no method": ("models: [{model: a}]", "`merge_method` is missing", 1),
