@@ -61,6 +61,8 @@ class StatisticsWriter:
         for path in store.list():
             if path.endswith(SUFFIX):
                 self._take_over(path)
+        # Of a file that is gone, what was to be shared is to be made again.
+        self._shared = {name: stored for name, stored in self._shared.items() if stored in self._stored}
 
     def has(self, kind: Kind, parameter: str) -> bool:
         """Return whether a statistic was added or shared, by this run or an earlier one."""

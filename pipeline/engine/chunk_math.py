@@ -79,6 +79,8 @@ def measure_chunk(
         bad = _not_finite_inputs(plan, loaded, plan.points, points, kernels)
         if not bad:
             remedy = "leave out the model that has values above 1e150"
+            if metric is not None:
+                remedy += ", or scale the metric down: its own size has no meaning"
             raise _overflow(plan, loaded, "a distance overflows float64", remedy)
     if unchanged_P is None:
         unchanged_P = result.unchanged_P

@@ -16,6 +16,7 @@ from pipeline.engine.moment_source import MomentSource
 from pipeline.engine.source import ChunkSource
 from pipeline.engine.system_chunks import SystemValues
 from pipeline.engine.system_records import SystemRecord
+from pipeline.errors import CheckpointError, Problem
 from pipeline.numerics.linear_systems.conjugate_gradient import dot
 from pipeline.numerics.linear_systems.diagonal import DiagonalSolution, fisher_quotient, gradient_matching
 from pipeline.planning.grid import Chunk
@@ -88,11 +89,27 @@ class ElementwiseSystems:
             )
 
     def squares(self, chunk: Chunk) -> list[float]:
-        """Return the squared norms (N) of the models' diagonals in a chunk."""
+        """Return the squared norms (N) of the models' diagonals in a chunk.
+
+        Raises:
+            CheckpointError: A diagonal is unusable, or its squares overflow.
+        """
         system = self._plan.tensors[chunk.tensor].system
         diagonals = [self._diagonal(term, chunk) for term in system.terms] if system is not None else []
         self._advance(sum(diagonal_E.nbytes for diagonal_E in diagonals))
-        return [dot(diagonal_E, diagonal_E) for diagonal_E in diagonals]
+        squares = [dot(diagonal_E, diagonal_E) for diagonal_E in diagonals]
+        problems = [
+            Problem(
+                what="its diagonal is so large that its squares overflow float64",
+                where=f"statistics of model {name}, tensor {self._plan.tensors[chunk.tensor].name}",
+                remedy="scale the statistics down, or leave parameters.normalize out",
+            )
+            for name, square in zip(self._plan.model_names(), squares, strict=False)
+            if not math.isfinite(square)
+        ]
+        if problems:
+            raise CheckpointError(*problems)
+        return squares
 
     def _matched(
         self,

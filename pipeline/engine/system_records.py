@@ -75,7 +75,7 @@ def refuse_zero_norms(plan: Plan, norms_N: Sequence[float]) -> None:
     """
     problems = [
         Problem(
-            what="all of its diagonals are zero, so that they cannot be normalized",
+            what="all of its diagonals are zero, or so small that their squares are, so that they cannot be normalized",
             where=f"model {name}",
             remedy="collect its statistics again, or leave parameters.normalize out",
         )

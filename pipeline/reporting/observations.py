@@ -72,12 +72,17 @@ def _copies(plan: Plan, outcome: Outcome) -> list[str]:
     names = [plan.inputs[index].name for index in plan.points]
     same_PP = np.tril(total_PP == 0.0, k=-1)
     notes = []
+    if plan.settings.metric is not None and len(names) > 1 and not total_PP.any():
+        return ["in the metric all models lie in one place: the result is their weighted mean"]
+    same = "has the same values as" if plan.settings.metric is None else "lies, in the metric, where"
+    there = "" if plan.settings.metric is None else " does"
     for row in np.flatnonzero(same_PP.any(axis=1)).tolist():
         first = int(np.argmax(same_PP[row]))
         if first < plan.offset:
-            notes.append(f"{names[row]} has the same values as the base model, {names[first]}")
+            base = f"the base model, {names[first]}" if not there else f"the base model {names[first]}"
+            notes.append(f"{names[row]} {same} {base}{there}")
         else:
-            notes.append(f"{names[row]} has the same values as {names[first]}: a copy counts like a larger weight")
+            notes.append(f"{names[row]} {same} {names[first]}{there}: a copy counts like a larger weight")
     return _first(notes, "models have the same values as the base or as an earlier model")
 
 

@@ -219,6 +219,21 @@ def test_a_share_alone_outlives_an_interruption(tmp_path: Path) -> None:
     assert open_statistics(str(tmp_path)).parameters("input_gram") == ("q", "k")
 
 
+def test_a_share_of_what_was_lost_is_made_again(tmp_path: Path) -> None:
+    writer = StatisticsWriter(open_store(str(tmp_path)), FACTS)
+    writer.add("input_gram", "q", gram(4))
+    writer.flush()
+    writer.share("input_gram", "k", "q")
+    writer.flush()
+    (tmp_path / "00001.statistics").unlink()
+    again = StatisticsWriter(open_store(str(tmp_path)), FACTS)
+    assert not again.has("input_gram", "k")
+    again.add("input_gram", "q", gram(4))
+    again.share("input_gram", "k", "q")
+    again.finish()
+    assert open_statistics(str(tmp_path)).parameters("input_gram") == ("q", "k")
+
+
 def test_folders_that_are_not_for_statistics(tmp_path: Path) -> None:
     def refuses(folder: Path, *words: str, facts: StatisticsFacts = FACTS) -> None:
         with pytest.raises(OutputError) as caught:
