@@ -65,8 +65,9 @@ def matrix_bytes(plan: Plan, index: int, *, resident: bool = False) -> int:
     if system.objective == "kfac":
         pair = sum(_pair_bytes(statistic.size, statistic.dtype) for statistic in system.terms[0].statistics)
         if resident:
-            held = sum(_SINGLE * s.size * s.size for term in system.terms for s in term.statistics)
-            pair += held
+            pair += sum(_SINGLE * s.size * s.size for term in system.terms for s in term.statistics)
+        # The test that a moment is semidefinite scales a copy, narrows it and factors that.
+        pair += (_DOUBLE + 2 * _SINGLE) * max(statistic.size**2 for statistic in system.terms[0].statistics)
         # Right-hand side, start, and what the product makes on its way.
         return values + pair + 4 * _SINGLE * area + iteration_work_bytes(inputs, outputs)
     moment = max((_pair_bytes(s.size, s.dtype) for s in system.statistics), default=_DOUBLE * 2 * inputs * inputs)
