@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Protocol, Self
@@ -281,9 +282,15 @@ def probe(store: Store) -> None:
     """Do the work of `Store.probe_writable` with the other methods of a store."""
     path, marker = temporary_name("probe"), secrets.token_bytes(16)
     try:
-        store.write(path, marker)
-        intact = store.read(path) == marker
-        store.delete(path)
+        try:
+            store.write(path, marker)
+            intact = store.read(path) == marker
+            store.delete(path)
+        except (KeyboardInterrupt, SystemExit):
+            # A signal, which may come at any moment.
+            with suppress(StorageError):
+                store.delete(path)
+            raise
     except StorageError as error:
         problem = Problem(
             what=f"cannot be written: {error}",

@@ -6,6 +6,7 @@ have the name. Must not know stores.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import logging
 import os
@@ -29,6 +30,9 @@ _WRITE_BYTES = 1 << 30
 _WRITE_BACK_BYTES = 32 << 20
 # How filesystems without hard links answer: FAT, some network and user-space ones.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+# Hidden files of this process that are neither published nor removed: the exception that a signal raises may come
+# between making one and handing its writer over.
+_unfinished: set[str] = set()
 
 
 class LocalWriter:
@@ -47,6 +51,7 @@ class LocalWriter:
             _make_folders(Path(target).parent)
             # Mode 0666 less the umask, as any program's new file: others may have to read the model.
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            _unfinished.add(self._temporary)
             self._descriptor = os.open(self._temporary, flags, 0o666)
 
     def write(self, data: bytes | memoryview) -> None:
@@ -76,6 +81,7 @@ class LocalWriter:
             self.abort()
             raise
         self._state = "committed"
+        _unfinished.discard(self._temporary)
         with translated(self._target, "write"):
             os.close(self._descriptor)
             _sync_folder(Path(self._target).parent)
@@ -107,6 +113,7 @@ class LocalWriter:
         try:
             os.close(self._descriptor)
             Path(self._temporary).unlink(missing_ok=True)
+            _unfinished.discard(self._temporary)
         except OSError as error:
             # An abort is on the way out of another error, which must not be hidden by this one.
             _log.warning("%s: could not be cleaned up: %s", self._temporary, error.strerror)
@@ -122,6 +129,14 @@ class LocalWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.abort()
+
+
+@atexit.register
+def _remove_unfinished() -> None:
+    """Remove what is left when the process ends in order."""
+    for path in _unfinished:
+        with suppress(OSError):
+            Path(path).unlink(missing_ok=True)
 
 
 def flat(view: memoryview) -> memoryview:
