@@ -14,6 +14,7 @@ from pipeline.events import Event, PassStarted
 from pipeline.merging import merge
 from pipeline.planning.blocks import block_of
 from pipeline.storage.local import LocalStore
+from pipeline.storage.mapped import MappedFile
 from tests.support.adapters import ADAPTER_FILE, Layout, linears, make_adapters, materialised, updates_of
 from tests.support.cases import data_start
 from tests.support.families import Family, fine_tune, llama_shapes, load_folder, random_weights, save_model
@@ -239,11 +240,21 @@ def test_measuring_reads_no_data_of_the_base(tmp_path: Path, monkeypatch: pytest
     family = make_adapters(tmp_path, base, MIXED[:4])
     phase, reads = ["plan"], []
     header = data_start(base / "model.safetensors")
-    read_into, read = LocalStore.read_into, LocalStore.read
+    read_into, read, mapped, view = LocalStore.read_into, LocalStore.read, MappedFile.__init__, MappedFile.view
+    paths: dict[MappedFile, Path] = {}
 
     def note(store: LocalStore, path: str, stop: int) -> None:
         if Path(store.url) == base and path.endswith(".safetensors") and stop > header:
             reads.append((phase[-1], stop))
+
+    def spied_mapped(self: MappedFile, path: str, *, step_bytes: int) -> None:
+        mapped(self, path, step_bytes=step_bytes)
+        paths[self] = Path(path)
+
+    def spied_view(self: MappedFile, start: int, stop: int) -> np.ndarray | None:
+        if paths[self].parent == base:
+            reads.append((phase[-1], stop))
+        return view(self, start, stop)
 
     def spied_into(self: LocalStore, path: str, start: int, buffer: memoryview) -> None:
         note(self, path, start + len(buffer))
@@ -260,6 +271,8 @@ def test_measuring_reads_no_data_of_the_base(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(LocalStore, "read_into", spied_into)
     monkeypatch.setattr(LocalStore, "read", spied)
+    monkeypatch.setattr(MappedFile, "__init__", spied_mapped)
+    monkeypatch.setattr(MappedFile, "view", spied_view)
     # One file is measured and written in one go; several are all measured first.
     recipe = family.recipe(pipeline={"output": "adapter"} if output == "adapter" else {"file_size": "15KB"})
     report = merge(str(recipe), str(tmp_path / "out"), listener=listener)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.engine.loaded import Loaded
 from pipeline.engine.run_folder import ChunkRow, triangle
 from pipeline.engine.solutions import Solution
-from pipeline.engine.source import Loaded
 from pipeline.engine.system_records import SystemRecord
 from pipeline.errors import CheckpointError, Problem, VerificationError
 from pipeline.numerics.devices import Kernels

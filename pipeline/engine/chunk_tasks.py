@@ -22,11 +22,12 @@ from pipeline.engine.chunk_math import (
     probe_chunk,
     write_chunk,
 )
+from pipeline.engine.loaded import Loaded
 from pipeline.engine.read_ahead import Need
 from pipeline.engine.read_checks import check_agreement, check_factor_sums, check_sums
 from pipeline.engine.run_folder import ChunkRow
 from pipeline.engine.solutions import Solution
-from pipeline.engine.source import ChunkSource, Loaded
+from pipeline.engine.source import ChunkSource
 from pipeline.numerics.devices import kernels_of
 from pipeline.planning.grid import Chunk
 from pipeline.planning.plan import Plan

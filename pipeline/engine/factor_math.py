@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from pipeline.engine.chunk_math import MergedChunk, Updates, chunk_row, dense_values, refuse_non_finite
+from pipeline.engine.loaded import Loaded, LoadedFactors
 from pipeline.engine.run_folder import ChunkRow
 from pipeline.engine.solutions import Solution
-from pipeline.engine.source import Loaded, LoadedFactors
 from pipeline.errors import CheckpointError, Problem, VerificationError
 from pipeline.numerics.dtypes import config_name
 from pipeline.numerics.low_rank.distances import pairwise_low_rank

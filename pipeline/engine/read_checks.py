@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pipeline.engine.source import Loaded
+from pipeline.engine.loaded import Loaded
 from pipeline.errors import CheckpointError, Problem, VerificationError
 from pipeline.planning.places import chunk_range
 from pipeline.planning.plan import Plan

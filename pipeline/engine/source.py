@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
-import xxhash
 
 from pipeline.engine.fetch import Fetcher, Want
+from pipeline.engine.in_place import InPlace
+from pipeline.engine.loaded import Loaded, LoadedFactors
 from pipeline.engine.read_ahead import ALIGNMENT, Held, Key, Need, ReadAhead, Ring
 from pipeline.errors import CheckpointError, Problem
 from pipeline.planning.grid import Chunk
@@ -25,43 +26,6 @@ from pipeline.planning.places import ByteRange, chunk_range, copy_ranges, factor
 from pipeline.planning.plan import Plan
 from pipeline.planning.traffic import merged_inputs
 from pipeline.storage import MissingObject, ObjectStat, Store, open_store
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
-    """The bytes of one chunk by input index; valid while the `lease` it came from is open."""
-
-    chunk: Chunk
-    raw: dict[int, np.ndarray]
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all inputs."""
-        return sum(array.nbytes for array in self.raw.values())
-
-    def checksum(self, index: int) -> int:
-        """Return the signed 64-bit XXH3 of one input's bytes."""
-        return _signed(xxhash.xxh3_64_intdigest(self.raw[index].data))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedFactors:
-    """The bytes of the factors of one tensor's updates by input index: left, and right where there is one."""
-
-    tensor: int
-    raw: dict[int, tuple[np.ndarray, ...]]
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all factors."""
-        return sum(array.nbytes for arrays in self.raw.values() for array in arrays)
-
-    def checksum(self, index: int) -> int:
-        """Return the signed 64-bit XXH3 of one adapter's factors, the left one's bytes before the right one's."""
-        digest = xxhash.xxh3_64()
-        for array in self.raw[index]:
-            digest.update(array.data)
-        return _signed(digest.intdigest())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -87,6 +51,7 @@ class ChunkSource:
         self._plan = plan
         self._stores = [open_store(item.url, plan.storage.of(item.url)) for item in plan.inputs]
         self._fetcher = Fetcher(memory.requests) if memory.requests else None
+        self._in_place = InPlace(plan, self._stores, memory.in_place_bytes)
         self._slots: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
         for _ in range(0 if memory.requests else memory.window):
             self._slots.put(np.empty(slot_bytes(plan) + ALIGNMENT * 3 * len(plan.inputs), dtype=np.uint8))
@@ -156,6 +121,10 @@ class ChunkSource:
         try:
             self._fill(held)
             yield Loaded(chunk=chunk, raw={index: held.raw[index][0] for index in need.inputs})
+            if held.in_place and self._in_place.lost():
+                # Which file it was, mostly; otherwise any of these.
+                self.check_versions([chunk.tensor])
+                raise self._in_place.refusal(held.in_place)
         finally:
             self.let_go(held)
 
@@ -189,6 +158,8 @@ class ChunkSource:
 
     def let_go(self, held: Held) -> None:
         """Take back what a need held."""
+        for index, place in held.in_place.items():
+            self._in_place.let_go(index, place)
         if held.give_back is not None:
             held.give_back()
         with self._lock:
@@ -214,6 +185,7 @@ class ChunkSource:
             self._read(held.wants)
         with self._lock:
             self.reused_bytes += held.reused_bytes
+            self.read_bytes += sum(place.size_bytes for place in held.in_place.values())
             if held.kept:
                 self._kept.setdefault(held.need.key, {}).update(held.kept)
                 held.freed_bytes -= _size(held.kept)
@@ -241,14 +213,19 @@ class ChunkSource:
         kept_bytes = sum(keepers.values())
         if not keepers or not self._reserve(kept_bytes):
             keepers, kept_bytes = {}, 0
-        borrowed = {} if need.chunk is None else {index: size for index, size in sizes.items() if index not in keepers}
+        looked_at = self._looked_at(need, {i: places[0] for i, places in missing.items() if i not in keepers})
+        borrowed = (
+            {}
+            if need.chunk is None
+            else {index: size for index, size in sizes.items() if index not in keepers and index not in looked_at}
+        )
         found = room(sum(-(-size // ALIGNMENT) * ALIGNMENT for size in borrowed.values())) if borrowed else _Room()
         with self._lock:
             if found is None:
                 self._room_bytes += kept_bytes
                 return None
             before = dict(self._kept.pop(need.key, {}) if need.drop else self._kept.get(need.key, {}))
-        carved = {index: (array,) for index, array in _carve(found.buffer, borrowed).items()}
+        carved = {index: (array,) for index, array in (*_carve(found.buffer, borrowed).items(), *looked_at.items())}
         fresh = {
             index: carved.get(index) or tuple(np.empty(place.size_bytes, dtype=np.uint8) for place in places)
             for index, places in missing.items()
@@ -256,6 +233,7 @@ class ChunkSource:
         wants = [
             self._want(index, place, array)
             for index, places in missing.items()
+            if index not in looked_at
             for place, array in zip(places, fresh[index], strict=True)
         ]
         wanted = need.inputs if need.chunk is not None else tuple(before)
@@ -268,7 +246,15 @@ class ChunkSource:
             # Room to give back at the end: of what is dropped, and of what was to be kept until it is.
             freed_bytes=kept_bytes + (_size(before) if need.drop else 0),
             give_back=found.give_back,
+            in_place={index: missing[index][0] for index in looked_at},
         )
+
+    def _looked_at(self, need: Need, places: Mapping[int, ByteRange]) -> dict[int, np.ndarray]:
+        """Return, by input, what need not be read."""
+        if need.chunk is None or self._fetcher is not None:
+            return {}
+        found = {index: self._in_place.look_at(index, place) for index, place in places.items()}
+        return {index: array for index, array in found.items() if array is not None}
 
     def _ring_room(self, size_bytes: int) -> _Room | None:
         """Return room to read ahead into, if there is any."""
@@ -331,6 +317,7 @@ class ChunkSource:
         if self._fetcher is not None:
             self._fetcher.close()
         self._kept.clear()
+        self._in_place.close()
         for store in self._stores:
             store.close()
 
@@ -360,11 +347,6 @@ def _stat(store: Store, path: str) -> ObjectStat | None:
         return store.stat(path)
     except MissingObject:
         return None
-
-
-def _signed(value: int) -> int:
-    """Return an unsigned 64-bit number as the signed one of the same bits, which is what tables hold."""
-    return value - (1 << 64) if value >= 1 << 63 else value
 
 
 def _bytes_of(places: Iterable[ByteRange]) -> int:

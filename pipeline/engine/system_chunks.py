@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from pipeline.engine.chunk_math import MergedChunk, Updates, chunk_points, non_finite_error
-from pipeline.engine.source import Loaded
+from pipeline.engine.loaded import Loaded
 from pipeline.engine.system_records import SystemRecord
 from pipeline.errors import Problem, VerificationError
 from pipeline.numerics.devices import CPU, Kernels
 from pipeline.numerics.dtypes import BFLOAT16, config_name, widen
+from pipeline.numerics.torch_dtypes import tensor_over
 from pipeline.planning.grid import Chunk
 from pipeline.planning.plan import Plan
 
@@ -91,7 +92,7 @@ def _as_torch(values_E: Any) -> torch.Tensor:
     if not isinstance(values_E, np.ndarray):
         return torch.as_tensor(values_E)
     if values_E.dtype == BFLOAT16:
-        return torch.from_numpy(values_E.view(np.int16)).view(torch.bfloat16)
+        return tensor_over(values_E.view(np.int16)).view(torch.bfloat16)
     if values_E.dtype.itemsize == 1:
         return torch.from_numpy(widen(values_E, np.dtype(np.float32)))
-    return torch.from_numpy(values_E)
+    return tensor_over(values_E)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from pipeline.numerics.dtypes import widen
+from pipeline.numerics.torch_dtypes import tensor_over
 
 # Storing a Gram in float32 moves its eigenvalues by about so much of its largest entry.
 _FIRST_SHIFT = 2.0**-24
@@ -157,4 +158,4 @@ def _double(values_E: Any) -> torch.Tensor:
     """Return values in float64; what is subtracted from it is new memory, so it may be the values' own."""
     if isinstance(values_E, torch.Tensor):
         return values_E.to(torch.float64)
-    return torch.from_numpy(np.ascontiguousarray(widen(values_E, np.dtype(np.float64))))
+    return tensor_over(np.ascontiguousarray(widen(values_E, np.dtype(np.float64))))

@@ -5,6 +5,7 @@ Owns what a tensor's dtype is called and how it is reached from float64. Importi
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 _FLOATS: dict[str, torch.dtype] = {
@@ -28,6 +29,11 @@ def torch_dtype(name: str) -> torch.dtype:
         KeyError: The name is no float dtype of ours.
     """
     return _FLOATS[name]
+
+
+def tensor_over(array: np.ndarray) -> torch.Tensor:
+    """Return a tensor over an array's memory, or over a copy where that may not be written, as of files in place."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def round_once(values_E: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

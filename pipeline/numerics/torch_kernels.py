@@ -21,7 +21,7 @@ from pipeline.numerics.kernels import (
     distances_by,
 )
 from pipeline.numerics.low_rank.factors import LowRank, dense_rows
-from pipeline.numerics.torch_dtypes import round_once, torch_dtype
+from pipeline.numerics.torch_dtypes import round_once, tensor_over, torch_dtype
 
 
 class TorchKernels:
@@ -37,7 +37,7 @@ class TorchKernels:
     def values(self, raw_B: np.ndarray, dtype: str) -> torch.Tensor:
         """Return bytes as elements, on the device."""
         # torch gives an empty array the stride 0, which it then refuses to view.
-        return torch.from_numpy(raw_B).as_strided(raw_B.shape, (1,)).view(torch_dtype(dtype)).to(self._device)
+        return tensor_over(raw_B).as_strided(raw_B.shape, (1,)).view(torch_dtype(dtype)).to(self._device)
 
     def cast(self, values_E: torch.Tensor, dtype: str) -> torch.Tensor:
         """Return values in another dtype, by way of float32 if it is a narrow one."""

@@ -48,6 +48,9 @@ NUMBER_BYTES = 32
 REQUEST_BYTES = 8 << 20
 # A response is held in pieces, then whole, until it is copied to where it belongs.
 RESPONSE_COPIES = 2
+# Bytes of local inputs that stay in a worker after it has looked at them in place, where there is room: fewer are taken
+# out of it more often, which has to be told to all cores.
+IN_PLACE_BYTES = 64_000_000
 # Bytes of models that may always be kept: fresh memory for them costs some hundredths of a second.
 CHEAP_BYTES = 64_000_000
 # What making a Gram's factor takes beside it, per element of the matrix: itself in float64, and its triangle as read.
@@ -67,6 +70,7 @@ class Memory:
         retained_bytes: Room for chunks kept from the measuring read; part of the terms.
         requests: Requests that may be in flight; 0 when all inputs are local and threads read for themselves.
         ahead_bytes: Room for what is read before a thread asks for it.
+        in_place_bytes: Room for pages of local files that were looked at in place; 0 where everything is read.
         systems_bytes: Room for the matrices that are being solved.
     """
 
@@ -76,6 +80,7 @@ class Memory:
     retained_bytes: int
     requests: int = 0
     ahead_bytes: int = 0
+    in_place_bytes: int = 0
     systems_bytes: int = 0
 
     @property
@@ -244,6 +249,10 @@ def project_memory(
     more = min(left, threads * largest_matrix(plan, resident=True) - matrix) if matrix else 0
     if more:
         used["more matrices"] = more
+    in_place = IN_PLACE_BYTES if not remote and left - more >= IN_PLACE_BYTES else 0
+    if in_place:
+        used["files in place"] = in_place
+    left = max(0, budget_bytes - sum(used.values()))
     if not plan.settings.measured or (not remote and _stays_cached(plan, cache_bytes - sum(used.values()))):
         left = 0
     retained, kept = _retention(plan, left)
@@ -255,6 +264,7 @@ def project_memory(
         requests=requests,
         # Factors that were read ahead lie beside the buffer that chunks are read into.
         ahead_bytes=ahead // 2 if factors else ahead,
+        in_place_bytes=in_place,
         systems_bytes=matrix + more,
     )
 

@@ -33,7 +33,7 @@ def start_write_back(descriptor: int, start: int, stop: int) -> None:
     Raises:
         OSError: The disk failed. One that fails later is told by fsync.
     """
-    call = _function("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    call = system_function("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
     if call is None or not call(descriptor, start, stop - start, _SYNC_FILE_RANGE_WRITE):
         return
     code = ctypes.get_errno()
@@ -71,9 +71,22 @@ def cached_share(path: str, ranges: Iterable[tuple[int, int]]) -> float:
     return resident / pages if pages else 1.0
 
 
+def is_resident(address: int, size_bytes: int) -> bool:
+    """Return whether all pages of mapped memory are in memory, whoever holds them.
+
+    Args:
+        address: Where a page begins.
+        size_bytes: How many bytes from there.
+    """
+    call = system_function("mincore", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p, short=True)
+    pages = -(-size_bytes // mmap.PAGESIZE)
+    vector = ctypes.create_string_buffer(pages)
+    return call is not None and not call(address, size_bytes, vector) and vector.raw.count(1) == pages
+
+
 def _resident(view: mmap.mmap) -> bytes:
     """Return a byte for every page of a mapped file, whose lowest bit tells whether it is in memory."""
-    call = _function("mincore", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+    call = system_function("mincore", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
     vector = ctypes.create_string_buffer(-(-len(view) // mmap.PAGESIZE))
     held = ctypes.c_char.from_buffer(view)
     try:
@@ -99,9 +112,16 @@ def _group_limits() -> Iterator[int]:
 
 
 @functools.cache
-def _function(name: str, *arguments: type) -> Callable[..., int] | None:
-    """Return a function of the C library; None where it has none of that name."""
-    found = getattr(ctypes.CDLL(None, use_errno=True), name, None) if os.name == "posix" else None
+def system_function(name: str, *arguments: type, short: bool = False) -> Callable[..., int] | None:
+    """Return a function of the C library; None where it has none of that name.
+
+    Args:
+        name: Of the function.
+        arguments: The types of its arguments.
+        short: Whether it is over before another thread could take the interpreter's lock.
+    """
+    library = (ctypes.PyDLL if short else ctypes.CDLL)(None, use_errno=True) if os.name == "posix" else None
+    found = getattr(library, name, None)
     if found is not None:
         found.argtypes, found.restype = arguments, ctypes.c_int
     return found

@@ -15,6 +15,7 @@ from pipeline.planning.layout import lay_out
 from pipeline.planning.memory import (
     CHEAP_BYTES,
     CLIENT_BYTES,
+    IN_PLACE_BYTES,
     KEPT_OVERHEAD_BYTES,
     MOST_REQUESTS,
     PLAN_BYTES,
@@ -90,7 +91,11 @@ def test_the_sum_of_the_terms_never_exceeds_the_budget(
         return
     assert memory.total_bytes == sum(memory.terms.values()) <= budget
     names = {"runtime", "plan", "statistics", "chunks in flight", "work", "retained"}
-    assert set(memory.terms) == (names | {"upload", "storage client"} if remote else names)
+    # There is room for files in place, or there is not.
+    assert memory.terms.get("files in place", 0) == memory.in_place_bytes in (0, IN_PLACE_BYTES)
+    assert set(memory.terms) - {"files in place"} == (names | {"upload", "storage client"} if remote else names)
+    left = budget - memory.total_bytes + memory.terms["retained"]
+    assert memory.in_place_bytes or left < IN_PLACE_BYTES
     assert min(memory.terms.values()) >= 0
     assert memory.terms["runtime"] == RUNTIME_BYTES
     assert memory.terms["plan"] == PLAN_BYTES * 3 * inputs

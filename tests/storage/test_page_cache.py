@@ -45,7 +45,7 @@ def test_what_is_not_known_counts_as_in_memory(tmp_path: Path, monkeypatch: pyte
     assert cached_share(str(tmp_path / "none"), [(0, 1)]) == 1.0
     assert cached_share(str(path), []) == 1.0
     assert cached_share(str(path), [(5 * PAGE, 6 * PAGE)]) == 1.0
-    monkeypatch.setattr(page_cache, "_function", lambda *_: None)
+    monkeypatch.setattr(page_cache, "system_function", lambda *_, **__: None)
     assert cached_share(str(path), [(0, 1)]) == 1.0
 
 
@@ -109,5 +109,5 @@ def test_a_pipe_has_no_write_back_and_a_closed_file_is_an_error() -> None:
 
 
 def test_write_back_is_left_out_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_cache, "_function", lambda *_: None)
+    monkeypatch.setattr(page_cache, "system_function", lambda *_, **__: None)
     start_write_back(-1, 0, 1)
