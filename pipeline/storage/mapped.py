@@ -83,13 +83,14 @@ class MappedFile:
             self._done_bytes += stop - start
             self._done = min(self._done[0], start), max(self._done[1], stop)
             if self._done_bytes >= self._step_bytes:
-                self._unmap()
+                # What lies behind is mostly looked at already: its first page, if it is shared, leaves with the next step.
+                self._unmap(self._done[1] // _AROUND_BYTES * _AROUND_BYTES)
 
     def rest(self) -> None:
         """Take out of this process what was let go so far."""
         with self._lock:
             if self._done_bytes:
-                self._unmap()
+                self._unmap(min(-(-self._done[1] // _AROUND_BYTES) * _AROUND_BYTES, self._bytes.size))
 
     def close(self) -> None:
         """Let the whole file go; nothing may look at it any more."""
@@ -97,12 +98,12 @@ class MappedFile:
         # Unmapped with the last reference.
         self._bytes = np.empty(0, dtype=np.uint8)
 
-    def _unmap(self) -> None:
+    def _unmap(self, last: int) -> None:
         """Take out of this process all around what was let go; what is looked at there comes back by itself."""
         first = self._done[0] // _AROUND_BYTES * _AROUND_BYTES
-        last = min(-(-self._done[1] // _AROUND_BYTES) * _AROUND_BYTES, self._bytes.size)
-        self._advise(self._address + first, last - first, mmap.MADV_DONTNEED)
-        self._done, self._done_bytes = (self._bytes.size, 0), 0
+        if first < last:
+            self._advise(self._address + first, last - first, mmap.MADV_DONTNEED)
+            self._done, self._done_bytes = (self._bytes.size, 0), 0
 
     def _is_cached(self, start: int, stop: int) -> bool:
         first = start // mmap.PAGESIZE * mmap.PAGESIZE
