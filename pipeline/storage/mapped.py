@@ -83,7 +83,7 @@ class MappedFile:
             self._done_bytes += stop - start
             self._done = min(self._done[0], start), max(self._done[1], stop)
             if self._done_bytes >= self._step_bytes:
-                # What lies behind is mostly looked at already: its first page, if it is shared, leaves with the next step.
+                # What lies behind is being looked at, mostly: a page that is shared with it leaves with the next step.
                 self._unmap(self._done[1] // _AROUND_BYTES * _AROUND_BYTES)
 
     def rest(self) -> None:
