@@ -40,8 +40,9 @@ T = TypeVar("T")
 _TRIAL_S = 0.7
 # Side of the matrices that products are tried on, and seconds: a trial that fills a core's caches as large ones do.
 _PRODUCT_SIZE, _PRODUCT_S = 512, 0.15
-# Consecutive chunks that are tried together, so that a disk reads as in a merge, and how many such runs at most.
-_RUN_CHUNKS, _MOST_RUNS = 8, 64
+# Consecutive chunks that are tried together, and how many such runs at most. What the system reads ahead of each file
+# beyond a run, megabytes, is lost in a trial and must be a small part of it.
+_RUN_CHUNKS, _MOST_RUNS = 32, 64
 # Shares of a run's bytes in memory from which on it counts as cached, and up to which it counts as not.
 _WARM, _COLD = 0.9, 0.1
 # Of a trial with the wait for its disk to the trial without, above which the disk is what a merge waits for.

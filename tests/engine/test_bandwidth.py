@@ -136,7 +136,7 @@ def test_runs_are_neighbours_and_come_from_everywhere(tmp_path: Path) -> None:
     family = small_family(tmp_path, shapes={"a": (3000,), "b": (40,)})
     plan = dataclasses.replace(planned(family.recipe(), tmp_path / "out")[0], chunk_elements=10)
     runs = bandwidth._runs(plan)
-    assert len(runs) == 304 // 8 == len({run[0] for run in runs})
+    assert len(runs) == -(-304 // bandwidth._RUN_CHUNKS) == len({run[0] for run in runs})
     assert sorted(c.start for run in runs for c in run if c.tensor == runs[0][0].tensor)[:3] == [0, 10, 20]
     for run in runs:
         for one, other in itertools.pairwise(run):
