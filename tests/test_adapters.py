@@ -14,7 +14,7 @@ from pipeline.events import Event, PassStarted
 from pipeline.merging import merge
 from pipeline.planning.blocks import block_of
 from pipeline.storage.local import LocalStore
-from pipeline.storage.mapped import MappedFile
+from pipeline.storage.mapped import Look, MappedFile
 from tests.support.adapters import ADAPTER_FILE, Layout, linears, make_adapters, materialised, updates_of
 from tests.support.cases import data_start
 from tests.support.families import Family, fine_tune, llama_shapes, load_folder, random_weights, save_model
@@ -240,7 +240,7 @@ def test_measuring_reads_no_data_of_the_base(tmp_path: Path, monkeypatch: pytest
     family = make_adapters(tmp_path, base, MIXED[:4])
     phase, reads = ["plan"], []
     header = data_start(base / "model.safetensors")
-    read_into, read, mapped, view = LocalStore.read_into, LocalStore.read, MappedFile.__init__, MappedFile.view
+    read_into, read, mapped, look = LocalStore.read_into, LocalStore.read, MappedFile.__init__, MappedFile.look
     paths: dict[MappedFile, Path] = {}
 
     def note(store: LocalStore, path: str, stop: int) -> None:
@@ -251,10 +251,10 @@ def test_measuring_reads_no_data_of_the_base(tmp_path: Path, monkeypatch: pytest
         mapped(self, path, step_bytes=step_bytes)
         paths[self] = Path(path)
 
-    def spied_view(self: MappedFile, start: int, stop: int) -> np.ndarray | None:
+    def spied_look(self: MappedFile, start: int, stop: int) -> Look | None:
         if paths[self].parent == base:
             reads.append((phase[-1], stop))
-        return view(self, start, stop)
+        return look(self, start, stop)
 
     def spied_into(self: LocalStore, path: str, start: int, buffer: memoryview) -> None:
         note(self, path, start + len(buffer))
@@ -272,7 +272,7 @@ def test_measuring_reads_no_data_of_the_base(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(LocalStore, "read_into", spied_into)
     monkeypatch.setattr(LocalStore, "read", spied)
     monkeypatch.setattr(MappedFile, "__init__", spied_mapped)
-    monkeypatch.setattr(MappedFile, "view", spied_view)
+    monkeypatch.setattr(MappedFile, "look", spied_look)
     # One file is measured and written in one go; several are all measured first.
     recipe = family.recipe(pipeline={"output": "adapter"} if output == "adapter" else {"file_size": "15KB"})
     report = merge(str(recipe), str(tmp_path / "out"), listener=listener)

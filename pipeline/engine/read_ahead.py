@@ -18,7 +18,7 @@ from pipeline.engine.fetch import Fetch, Fetcher, Want
 from pipeline.errors import Problem, WorkerError
 from pipeline.planning.grid import Chunk
 from pipeline.planning.memory import REQUEST_BYTES
-from pipeline.planning.places import ByteRange
+from pipeline.storage.mapped import Look
 
 # Arrays handed to the kernels start at multiples of a cache line, whatever their dtype.
 ALIGNMENT = 64
@@ -62,7 +62,7 @@ class Held:
         freed_bytes: Room for kept bytes to give back at the end.
         give_back: Returns the buffer that fresh arrays lie in, where it is used again.
         fetch: The reads that fill them; None when nothing was started.
-        in_place: By input, where arrays lie that are looked at in place.
+        in_place: By input, arrays that are looked at in place.
     """
 
     need: Need
@@ -73,7 +73,7 @@ class Held:
     freed_bytes: int = 0
     give_back: Callable[[], None] | None = None
     fetch: Fetch | None = None
-    in_place: dict[int, ByteRange] = field(default_factory=dict)
+    in_place: dict[int, Look] = field(default_factory=dict)
 
     @property
     def wanted_bytes(self) -> int:

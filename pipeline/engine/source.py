@@ -26,6 +26,7 @@ from pipeline.planning.places import ByteRange, chunk_range, copy_ranges, factor
 from pipeline.planning.plan import Plan
 from pipeline.planning.traffic import merged_inputs
 from pipeline.storage import MissingObject, ObjectStat, Store, open_store
+from pipeline.storage.mapped import Look
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -158,8 +159,8 @@ class ChunkSource:
 
     def let_go(self, held: Held) -> None:
         """Take back what a need held."""
-        for index, place in held.in_place.items():
-            self._in_place.let_go(index, place)
+        for look in held.in_place.values():
+            look.let_go()
         if held.give_back is not None:
             held.give_back()
         with self._lock:
@@ -185,7 +186,7 @@ class ChunkSource:
             self._read(held.wants)
         with self._lock:
             self.reused_bytes += held.reused_bytes
-            self.read_bytes += sum(place.size_bytes for place in held.in_place.values())
+            self.read_bytes += sum(look.bytes.nbytes for look in held.in_place.values())
             if held.kept:
                 self._kept.setdefault(held.need.key, {}).update(held.kept)
                 held.freed_bytes -= _size(held.kept)
@@ -225,7 +226,13 @@ class ChunkSource:
                 self._room_bytes += kept_bytes
                 return None
             before = dict(self._kept.pop(need.key, {}) if need.drop else self._kept.get(need.key, {}))
-        carved = {index: (array,) for index, array in (*_carve(found.buffer, borrowed).items(), *looked_at.items())}
+        carved = {
+            index: (array,)
+            for index, array in (
+                *_carve(found.buffer, borrowed).items(),
+                *((index, look.bytes) for index, look in looked_at.items()),
+            )
+        }
         fresh = {
             index: carved.get(index) or tuple(np.empty(place.size_bytes, dtype=np.uint8) for place in places)
             for index, places in missing.items()
@@ -246,15 +253,15 @@ class ChunkSource:
             # Room to give back at the end: of what is dropped, and of what was to be kept until it is.
             freed_bytes=kept_bytes + (_size(before) if need.drop else 0),
             give_back=found.give_back,
-            in_place={index: missing[index][0] for index in looked_at},
+            in_place=looked_at,
         )
 
-    def _looked_at(self, need: Need, places: Mapping[int, ByteRange]) -> dict[int, np.ndarray]:
+    def _looked_at(self, need: Need, places: Mapping[int, ByteRange]) -> dict[int, Look]:
         """Return, by input, what need not be read."""
         if need.chunk is None or self._fetcher is not None:
             return {}
         found = {index: self._in_place.look_at(index, place) for index, place in places.items()}
-        return {index: array for index, array in found.items() if array is not None}
+        return {index: look for index, look in found.items() if look is not None}
 
     def _ring_room(self, size_bytes: int) -> _Room | None:
         """Return room to read ahead into, if there is any."""

@@ -71,19 +71,6 @@ def cached_share(path: str, ranges: Iterable[tuple[int, int]]) -> float:
     return resident / pages if pages else 1.0
 
 
-def is_resident(address: int, size_bytes: int) -> bool:
-    """Return whether all pages of mapped memory are in memory, whoever holds them.
-
-    Args:
-        address: Where a page begins.
-        size_bytes: How many bytes from there.
-    """
-    call = system_function("mincore", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p, short=True)
-    pages = -(-size_bytes // mmap.PAGESIZE)
-    vector = ctypes.create_string_buffer(pages)
-    return call is not None and not call(address, size_bytes, vector) and vector.raw.count(1) == pages
-
-
 def _resident(view: mmap.mmap) -> bytes:
     """Return a byte for every page of a mapped file, whose lowest bit tells whether it is in memory."""
     call = system_function("mincore", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)

@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipeline.storage.bus_errors import bus_errors
-from pipeline.storage.mapped import MappedFile, faults
+from pipeline.storage.mapped import Look, MappedFile, faults
 from pipeline.storage.page_cache import cached_share
 
 pytestmark = pytest.mark.skipif(bus_errors() is None, reason="files are only mapped on 64-bit Linux")
@@ -28,28 +29,43 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
+def look(file: MappedFile, start: int, stop: int) -> Look:
+    found = file.look(start, stop)
+    assert found is not None
+    return found
+
+
 def test_shows_what_the_file_holds(path: Path) -> None:
     file, data = MappedFile(str(path), step_bytes=mmap.PAGESIZE), path.read_bytes()
     for start, stop in ((0, SIZE), (8, 17), (mmap.PAGESIZE - 8, 3 * mmap.PAGESIZE + 1), (SIZE - 24, SIZE)):
-        seen = file.view(start, stop)
-        assert seen is not None
-        assert seen.tobytes() == data[start:stop]
-        assert not seen.flags.writeable
-        file.let_go(start, stop)
-    # What was let go can be looked at again, and even what was not taken.
-    whole = file.view(0, SIZE)
-    assert whole is not None
-    file.let_go(0, SIZE)
-    assert whole.tobytes() == data
+        seen = look(file, start, stop)
+        assert seen.bytes.tobytes() == data[start:stop]
+        assert not seen.bytes.flags.writeable
+        seen.let_go()
     file.close()
-    assert file.view(0, 8) is None
+    assert file.look(0, 8) is None
+
+
+def test_what_others_let_go_can_still_be_seen(path: Path) -> None:
+    file, data = MappedFile(str(path), step_bytes=1), path.read_bytes()
+    first, second = look(file, 0, SIZE), look(file, 0, SIZE)
+    second.let_go()
+    assert first.bytes.tobytes() == data
+    # It is closed when the last look has ended.
+    file.close()
+    assert file.look(0, 8) is None
+    before = faults()
+    os.truncate(path, 0)
+    assert not first.bytes.any()
+    assert faults() > before
+    first.let_go()
 
 
 def test_does_not_show_what_a_loop_could_not_read_in_place(path: Path) -> None:
     file = MappedFile(str(path), step_bytes=mmap.PAGESIZE)
-    assert file.view(4, 12) is None
-    assert file.view(0, SIZE + 1) is None
-    assert file.view(8, 8) is None
+    assert file.look(4, 12) is None
+    assert file.look(0, SIZE + 1) is None
+    assert file.look(8, 8) is None
 
 
 def test_an_empty_file_cannot_be_mapped(tmp_path: Path) -> None:
@@ -65,27 +81,43 @@ def test_what_lies_on_the_disk_alone_is_left_to_reads(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if cached_share(str(path), [(0, SIZE)]):
         pytest.skip("this filesystem keeps its files in memory")
-    file = MappedFile(str(path), step_bytes=mmap.PAGESIZE)
-    assert file.view(0, SIZE) is None
+    mapped = MappedFile(str(path), step_bytes=mmap.PAGESIZE)
+    assert mapped.look(0, SIZE) is None
     path.read_bytes()
     # What was asked holds for the rest of a part; a new pass asks again.
-    assert file.view(8, SIZE) is None
-    assert MappedFile(str(path), step_bytes=mmap.PAGESIZE).view(0, SIZE) is not None
+    assert mapped.look(8, SIZE) is None
+    assert MappedFile(str(path), step_bytes=mmap.PAGESIZE).look(0, SIZE) is not None
 
 
-def test_pages_leave_the_process_in_steps(tmp_path: Path) -> None:
+def test_files_in_memory_are_shown(tmp_path: Path) -> None:
+    shared = Path("/dev/shm")
+    if not os.access(shared, os.W_OK):
+        pytest.skip("there is no /dev/shm to write to")
+    with tempfile.NamedTemporaryFile(dir=shared) as file:
+        file.write(b"x" * SIZE)
+        file.flush()
+        assert look(MappedFile(file.name, step_bytes=1), 0, SIZE).bytes.tobytes() == b"x" * SIZE
+
+
+@pytest.mark.parametrize("order", ["forward", "shuffled"])
+def test_pages_leave_the_process_in_steps(tmp_path: Path, order: str) -> None:
     size, step, length, around = 64 << 20, 4 << 20, 1 << 20, 2 << 20
     path = tmp_path / "large"
     path.write_bytes(bytes(size))
-    file, most = MappedFile(str(path), step_bytes=step), 0
-    for start in range(0, size, length):
-        seen = file.view(start, start + length)
-        assert seen is not None
-        assert not seen.any()
-        most = max(most, _resident_bytes(path))
-        file.let_go(start, start + length)
-    assert length <= most <= step + length + 2 * around
-    file.rest()
+    file, held = MappedFile(str(path), step_bytes=step), []
+    starts = np.arange(0, size, length)
+    if order == "shuffled":
+        np.random.default_rng(0).shuffle(starts)
+    for start in starts.tolist():
+        seen = look(file, start, start + length)
+        assert not seen.bytes.any()
+        held.append(_resident_bytes(path))
+        seen.let_go()
+    assert length <= max(held)
+    # Of a page around each part that is looked at all may be mapped.
+    assert max(held) <= (step + length + around if order == "forward" else (step // length + 1) * around + around)
+    file.close()
+    del file, seen
     assert not _resident_bytes(path)
 
 
@@ -99,10 +131,8 @@ def _resident_bytes(path: Path) -> int:
 
 
 def test_zeros_stand_for_what_was_cut_off_and_are_told(path: Path) -> None:
-    file, before = MappedFile(str(path), step_bytes=mmap.PAGESIZE), faults()
-    seen = file.view(0, SIZE)
-    assert seen is not None
-    data = path.read_bytes()
+    file, before, data = MappedFile(str(path), step_bytes=mmap.PAGESIZE), faults(), path.read_bytes()
+    seen = look(file, 0, SIZE).bytes
     os.truncate(path, 2 * mmap.PAGESIZE)
     assert seen[: 2 * mmap.PAGESIZE].tobytes() == data[: 2 * mmap.PAGESIZE]
     assert faults() == before
@@ -140,7 +170,7 @@ from pipeline.storage.mapped import MappedFile, faults
 first = MappedFile(sys.argv[1], step_bytes=4096)
 faulthandler.enable()
 second = MappedFile(sys.argv[1], step_bytes=4096)
-seen = [file.view(0, 4096) for file in (first, second)]
+seen = [file.look(0, 4096).bytes for file in (first, second)]
 os.truncate(sys.argv[1], 0)
 assert not any(view.any() for view in seen)
 print(faults())
