@@ -25,11 +25,10 @@ from pipeline.engine.read_ahead import Need
 from pipeline.engine.run_folder import ChunkRow, GroupSums, RowsWriter, load_checksums, square, write_json, written_path
 from pipeline.engine.solutions import Solution, solve_group
 from pipeline.engine.source import ChunkSource
-from pipeline.engine.system_records import SystemRecord, joined_record
 from pipeline.engine.updates import TensorCache
-from pipeline.engine.written_file import WrittenFile, marker
+from pipeline.engine.written_file import Gathered, WrittenFile, marker
 from pipeline.methods import registry
-from pipeline.numerics.exact_sum import ExactSum, exact_column_sums
+from pipeline.numerics.exact_sum import ExactSum
 from pipeline.planning.grid import Chunk
 from pipeline.planning.memory import Memory
 from pipeline.planning.plan import Plan
@@ -169,10 +168,8 @@ class ShardWorker:
         fused = layout.fused and not all(
             plan.tensors[t].group in found for t in layout.tensors if plan.tensors[t].group >= 0
         )
-        partial: dict[int, list[tuple[float, ...]]] = {}
+        gathered = Gathered(plan)
         saved = RowsWriter(self._output, layout.name, plan.fingerprint)
-        discarded: dict[int, tuple[float, float]] = {}
-        records: dict[int, list[SystemRecord]] = {}
         header = [(e.name, plan.tensors[t].dtype, e.shape) for t in layout.tensors for e in plan.tensors[t].entries]
         writer = SafetensorsWriter(self._output.open_writer(layout.name), header, {"format": "pt"})
         chunks = iter(plan.chunks(file))
@@ -183,13 +180,7 @@ class ShardWorker:
                     found[run.solution.group] = run.solution
                 for merged in run.merged:
                     writer.write(merged.data)
-                    tensor = next(chunks).tensor
-                    if merged.sums:
-                        partial.setdefault(plan.tensors[tensor].group, []).append(merged.sums)
-                    if merged.discarded is not None:
-                        discarded[tensor] = merged.discarded
-                    if merged.record is not None:
-                        records.setdefault(tensor, []).append(merged.record)
+                    gathered.add(next(chunks).tensor, merged)
             self._check_versions(layout.tensors)
             written = writer.finish()
             if fused:
@@ -198,21 +189,9 @@ class ShardWorker:
             writer.abort()
             saved.abort()
             raise
-        points = len(plan.points)
-        sums_of = {group: exact_column_sums(np.array(values)) for group, values in partial.items()}
-        result = WrittenFile(
-            file=file,
-            name=layout.name,
-            size_bytes=written.size_bytes,
-            sha256=written.sha256,
-            squared_distances={group: tuple(sums[:points].tolist()) for group, sums in sums_of.items()},
-            squared_rounding={group: float(sums[points]) for group, sums in sums_of.items()},
-            replaced=tuple(int(sum(sums[points + 1 + row] for sums in sums_of.values())) for row in range(points)),
-            # Not only the groups in `sums_of`: one without elements has a solution too.
-            solutions=tuple(found[group] for group in sorted(found) if group not in solutions) if fused else (),
-            discarded=discarded,
-            systems=tuple(joined_record(parts) for parts in records.values()),
-        )
+        # Not only the groups of merged chunks: one without elements has a solution too.
+        solved = tuple(found[group] for group in sorted(found) if group not in solutions) if fused else ()
+        result = gathered.written_file(file, written, solved)
         write_json(self._output, written_path(layout.name), marker(result, plan.fingerprint))
         if self._systems is not None:
             self._systems.states.forget(layout.tensors)

@@ -1,6 +1,6 @@
 """What is known of a finished output file, and its marker in the run folder.
 
-Owns the record and its JSON form. Pure. Legend: P points.
+Owns the record, how it is gathered, and its JSON form. Pure. Legend: P points.
 """
 
 from __future__ import annotations
@@ -9,8 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from pipeline.checkpoints.writer import WrittenFile as StoredFile
+from pipeline.engine.chunk_math import MergedChunk
 from pipeline.engine.solutions import Solution, solution_from_json
-from pipeline.engine.system_records import SystemRecord, record_from_json
+from pipeline.engine.system_records import SystemRecord, joined_record, record_from_json
+from pipeline.numerics.exact_sum import exact_column_sums
+from pipeline.planning.plan import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +42,52 @@ class WrittenFile:
     solutions: tuple[Solution, ...]
     discarded: Mapping[int, tuple[float, float]]
     systems: tuple[SystemRecord, ...] = ()
+
+
+class Gathered:
+    """What merged chunks of one file leave behind, gathered chunk by chunk in their order.
+
+    Args:
+        plan: The plan.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._sums: dict[int, list[tuple[float, ...]]] = {}
+        self._discarded: dict[int, tuple[float, float]] = {}
+        self._records: dict[int, list[SystemRecord]] = {}
+
+    def add(self, tensor: int, merged: MergedChunk) -> None:
+        """Take what one chunk of a tensor leaves behind."""
+        if merged.sums:
+            self._sums.setdefault(self._plan.tensors[tensor].group, []).append(merged.sums)
+        if merged.discarded is not None:
+            self._discarded[tensor] = merged.discarded
+        if merged.record is not None:
+            self._records.setdefault(tensor, []).append(merged.record)
+
+    def written_file(self, file: int, written: StoredFile, solutions: tuple[Solution, ...]) -> WrittenFile:
+        """Return the record of the file, which is whole now.
+
+        Args:
+            file: Its index.
+            written: What the writer tells of it.
+            solutions: The groups that were solved for it.
+        """
+        points = len(self._plan.points)
+        sums_of = {group: exact_column_sums(np.array(values)) for group, values in self._sums.items()}
+        return WrittenFile(
+            file=file,
+            name=self._plan.files[file].name,
+            size_bytes=written.size_bytes,
+            sha256=written.sha256,
+            squared_distances={group: tuple(sums[:points].tolist()) for group, sums in sums_of.items()},
+            squared_rounding={group: float(sums[points]) for group, sums in sums_of.items()},
+            replaced=tuple(int(sum(sums[points + 1 + row] for sums in sums_of.values())) for row in range(points)),
+            solutions=solutions,
+            discarded=self._discarded,
+            systems=tuple(joined_record(parts) for parts in self._records.values()),
+        )
 
 
 def marker(result: WrittenFile, fingerprint: str) -> dict[str, object]:

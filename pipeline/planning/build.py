@@ -26,7 +26,7 @@ from pipeline.planning.moments import statistics_inputs
 from pipeline.planning.plan import GroupPlan, Input, Plan, Settings, Source, SourceFile, Stored, TensorPlan, Update
 from pipeline.planning.solving import plan_solver, plan_systems, statistics_notes, treatment_groups
 from pipeline.planning.sources import Sources
-from pipeline.planning.system import System
+from pipeline.planning.system import Statistic, System
 from pipeline.recipe import Recipe, canonical, unused_filters
 from pipeline.recipe.values import without_credentials
 
@@ -66,17 +66,7 @@ def build_plan(recipe: Recipe, method: Method, sources: Sources) -> Plan:
     groups, group_of, weights = _groups(recipe, method, family, shared, systems)
     if as_adapter:
         refuse_sums(groups)
-    positions = [{file.path: number for number, file in enumerate(member.files)} for member in sources.members]
-    factored = zip(family.tensors, shared, strict=True)
-    wrapped = frozenset(module_name(a, family) for a, stands in factored if stands is not None and a.updates)
-    tensors = tuple(
-        replace(
-            _tensor(recipe, family, aligned, sources, positions, wrapped, group=group, shared=stands),
-            system=system,
-            metric=None if stands is not None else place,
-        )
-        for aligned, group, stands, system, place in zip(family.tensors, group_of, shared, systems, metric, strict=True)
-    )
+    tensors = _tensors(recipe, family, sources, group_of=group_of, shared=shared, systems=systems, metric=metric)
     widest = max((1 if tensor.shared is not None else len(sources.members) for tensor in tensors), default=1)
     return Plan(
         recipe=canonical(recipe),
@@ -104,6 +94,30 @@ def build_plan(recipe: Recipe, method: Method, sources: Sources) -> Plan:
             *statistics_notes(sources),
         ),
         statistics=statistics_inputs(sources),
+    )
+
+
+def _tensors(
+    recipe: Recipe,
+    family: Family,
+    sources: Sources,
+    *,
+    group_of: Sequence[int],
+    shared: Sequence[int | None],
+    systems: Sequence[System | None],
+    metric: Sequence[Statistic | None],
+) -> tuple[TensorPlan, ...]:
+    """Return the plans of all tensors; the sequences have an entry for each."""
+    positions = [{file.path: number for number, file in enumerate(member.files)} for member in sources.members]
+    factored = zip(family.tensors, shared, strict=True)
+    wrapped = frozenset(module_name(a, family) for a, stands in factored if stands is not None and a.updates)
+    return tuple(
+        replace(
+            _tensor(recipe, family, aligned, sources, positions, wrapped, group=group, shared=stands),
+            system=system,
+            metric=None if stands is not None else place,
+        )
+        for aligned, group, stands, system, place in zip(family.tensors, group_of, shared, systems, metric, strict=True)
     )
 
 

@@ -206,42 +206,18 @@ def project_memory(
     Raises:
         BudgetError: Not even one chunk in flight fits; names the budget that would.
     """
-    slot = slot_bytes(plan)
-    work = _work_bytes(plan)
-    factors = max(map(factor_bytes, plan.tensors), default=0)
-    places = sum(len(tensor.holders) + 2 * len(tensor.updates) for tensor in plan.tensors)
     remote = any("://" in item.url for item in (*plan.inputs, *plan.statistics))
-    matrix = largest_matrix(plan)
     response = RESPONSE_COPIES * REQUEST_BYTES
-    fixed = {
-        "runtime": RUNTIME_BYTES,
-        **({"storage client": CLIENT_BYTES} if remote or remote_output else {}),
-        "plan": PLAN_BYTES * places,
-        "statistics": _statistics_bytes(plan),
-        **({"upload": UPLOAD_BYTES} if remote_output else {}),
-        **({"matrix": matrix} if matrix else {}),
-    }
-    metric = _metric_bytes(plan, 1)
-    # Beside those of the chunks in flight, the factors that were used last are held for the next chunk.
-    one = {
-        "one chunk in flight": slot,
-        "work": work,
-        **({"factors": 2 * factors} if factors else {}),
-        **({"metric": metric} if metric else {}),
-        **({"one request in flight": response} if remote else {}),
-    }
-    _require(plan, {**fixed, **one}, budget_bytes)
+    matrix = largest_matrix(plan)
+    fixed = _fixed_terms(plan, remote=remote, remote_output=remote_output, matrix=matrix)
+    request = {"one request in flight": response} if remote else {}
+    in_flight = _InFlight(plan)
+    one = in_flight.terms(1)
+    _require(plan, {**fixed, "one chunk in flight": one.pop("chunks in flight"), **one, **request}, budget_bytes)
     # One chunk is read while the others are computed; more in flight than that only costs memory.
-    room = budget_bytes - sum(fixed.values()) - factors - (response if remote else 0)
-    window = min(threads + 1, room // (slot + work + factors))
-    while window > 1 and metric and window * (slot + work + factors) + _metric_bytes(plan, window) > room:
-        window -= 1
+    window = in_flight.window(budget_bytes - sum(fixed.values()) - sum(request.values()), threads + 1)
     threads = max(1, window - 1)
-    used = {**fixed, "chunks in flight": window * slot, "work": window * work}
-    if factors:
-        used["factors"] = (window + 1) * factors
-    if metric:
-        used["metric"] = _metric_bytes(plan, window)
+    used = {**fixed, **in_flight.terms(window)}
     requests, ahead = _read_ahead(plan, budget_bytes - sum(used.values())) if remote else (0, 0)
     if remote:
         used |= {"requests in flight": requests * response, "read-ahead": ahead}
@@ -263,10 +239,52 @@ def project_memory(
         retained_bytes=kept,
         requests=requests,
         # Factors that were read ahead lie beside the buffer that chunks are read into.
-        ahead_bytes=ahead // 2 if factors else ahead,
+        ahead_bytes=ahead // 2 if "factors" in used else ahead,
         in_place_bytes=in_place,
         systems_bytes=matrix + more,
     )
+
+
+def _fixed_terms(plan: Plan, *, remote: bool, remote_output: bool, matrix: int) -> dict[str, int]:
+    """Return what a worker takes whatever it has in flight."""
+    places = sum(len(tensor.holders) + 2 * len(tensor.updates) for tensor in plan.tensors)
+    return {
+        "runtime": RUNTIME_BYTES,
+        **({"storage client": CLIENT_BYTES} if remote or remote_output else {}),
+        "plan": PLAN_BYTES * places,
+        "statistics": _statistics_bytes(plan),
+        **({"upload": UPLOAD_BYTES} if remote_output else {}),
+        **({"matrix": matrix} if matrix else {}),
+    }
+
+
+class _InFlight:
+    """What chunks in flight take.
+
+    Args:
+        plan: The plan.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._slot = slot_bytes(plan)
+        self._work = _work_bytes(plan)
+        self._factors = max(map(factor_bytes, plan.tensors), default=0)
+
+    def terms(self, window: int) -> dict[str, int]:
+        """Return the named bytes of so many chunks."""
+        metric = _metric_bytes(self._plan, window)
+        return {
+            "chunks in flight": window * self._slot,
+            "work": window * self._work,
+            # Beside those of the chunks in flight, the factors that were used last are held for the next chunk.
+            **({"factors": (window + 1) * self._factors} if self._factors else {}),
+            **({"metric": metric} if metric else {}),
+        }
+
+    def window(self, room_bytes: int, most: int) -> int:
+        """Return how many chunks fit into a room that fits one, up to `most`."""
+        return next((window for window in range(most, 1, -1) if sum(self.terms(window).values()) <= room_bytes), 1)
 
 
 def _require(plan: Plan, smallest: Mapping[str, int], budget_bytes: int) -> None:
