@@ -146,15 +146,29 @@ def moment_weights(recipe: Recipe, schema: MethodSchema) -> tuple[float, ...]:
     Raises:
         RecipeError: One is so large or small that nothing would be left of the others.
     """
+    return bounded_weights(recipe, schema, _LARGEST_WEIGHT)
+
+
+def bounded_weights(recipe: Recipe, schema: MethodSchema, most: float) -> tuple[float, ...]:
+    """Return the weight of every model.
+
+    Args:
+        recipe: The validated recipe.
+        schema: The method's.
+        most: The largest weight; the smallest is its inverse.
+
+    Raises:
+        RecipeError: One lies outside.
+    """
     weights = model_numbers(recipe, schema, "weight")
     problems = [
         Problem(
-            what=f"the weight {weight:g} does not lie between {1 / _LARGEST_WEIGHT:g} and {_LARGEST_WEIGHT:g}",
+            what=f"the weight {weight:g} does not lie between {1 / most:g} and {most:g}",
             where=f"model {without_credentials(entry.model)}",
             remedy="only ratios of weights count: scale all of them, or leave the model out",
         )
         for entry, weight in zip(recipe.models, weights, strict=True)
-        if not 1 / _LARGEST_WEIGHT <= weight <= _LARGEST_WEIGHT
+        if not 1 / most <= weight <= most
     ]
     if problems:
         raise RecipeError(*problems)

@@ -9,11 +9,10 @@ from collections.abc import Generator, Sequence
 
 import numpy as np
 
-from pipeline.errors import Problem, RecipeError
+from pipeline.methods.base import bounded_weights
 from pipeline.numerics.geometric_median import MedianSolution, solve_geometric_median
 from pipeline.numerics.streamed_median import Measured, Probe, streamed_median
-from pipeline.recipe import MethodSchema, Parameter, Recipe, model_numbers
-from pipeline.recipe.values import without_credentials
+from pipeline.recipe import MethodSchema, Parameter, Recipe
 
 # Squares of ratios of such weights, and sums of a million, are still numbers of float64.
 _LARGEST_WEIGHT = 1e75
@@ -47,19 +46,7 @@ class GeometricMedian:
         Raises:
             RecipeError: One is so large or small that sums and ratios of weights leave the range of float64.
         """
-        weights = model_numbers(recipe, self.schema, "weight")
-        problems = [
-            Problem(
-                what=f"the weight {weight:g} does not lie between {1 / _LARGEST_WEIGHT:g} and {_LARGEST_WEIGHT:g}",
-                where=f"model {without_credentials(entry.model)}",
-                remedy="only ratios of weights count: scale all of them, or leave the model out",
-            )
-            for entry, weight in zip(recipe.models, weights, strict=True)
-            if not 1 / _LARGEST_WEIGHT <= weight <= _LARGEST_WEIGHT
-        ]
-        if problems:
-            raise RecipeError(*problems)
-        return weights
+        return bounded_weights(recipe, self.schema, _LARGEST_WEIGHT)
 
     def solve(self, distances_NN: np.ndarray, weights_N: Sequence[float], *, tolerance: float) -> MedianSolution:
         """Solve on the table of squared distances."""
