@@ -155,8 +155,8 @@ def _are_cached(path: str, places: Iterable[int]) -> bool:
             except OSError as error:
                 if error.errno != errno.EOPNOTSUPP:
                     return False
-                # Filesystems in memory do not say.
-                return cached_share(path, [(place, place + 1) for place in places]) == 1.0
+                # Filesystems in memory or on a network do not say; mincore does, of files that one may write.
+                return os.access(path, os.W_OK) and cached_share(path, [(place, place + 1) for place in places]) == 1.0
         return True
     return False
 
