@@ -85,6 +85,8 @@ def calibrate(
         found = _finished(output, output_url, facts)
         budget = None
         if found is None:
+            # Before hours of work, not after them.
+            output.probe_writable()
             scratch_url = scratch_url or join_url(output_url, SCRATCH)
             process_bytes = resident_bytes() if process_bytes is None else process_bytes
             memory = (memory_bytes, process_bytes)

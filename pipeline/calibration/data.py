@@ -44,7 +44,8 @@ def read_rows(url: str, limit: int) -> tuple[tuple[Row, ...], str]:
     except MissingObject as error:
         raise CalibrationError(Problem(what="is no file", where=where, remedy="name one existing file")) from error
     except VerificationError as error:
-        raise CalibrationError(Problem(what="is no readable Parquet file", where=where)) from error
+        remedy = "fetch or write it again; JSON lines are named .jsonl"
+        raise CalibrationError(Problem(what="is no readable Parquet file", where=where, remedy=remedy)) from error
     finally:
         store.close()
     if not rows:

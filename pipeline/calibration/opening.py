@@ -6,6 +6,7 @@ Owns the dealings with transformers, which is imported when a model is opened. M
 from __future__ import annotations
 
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,8 @@ _ENDINGS: dict[str, Task] = {
     "ForCausalLM": "causal",
     "LMHeadModel": "causal",
 }
+# Characters of what transformers says.
+_MOST_TOLD = 400
 # A damaged model lacks thousands; the first ones tell enough.
 _MOST_PROBLEMS = 5
 # Embeddings of a gigabyte are compared without holding them.
@@ -114,7 +117,9 @@ def _asked(question: Callable[[], Any], where: str, what: str) -> Any:
     try:
         return question()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
-        problem = Problem(what=f"transformers cannot use its {what}: {error}", where=where)
+        # Of a class that does not fit, transformers lists all that would.
+        told = textwrap.shorten(str(error), _MOST_TOLD, placeholder=" …")
+        problem = Problem(what=f"transformers cannot use its {what}: {told}", where=where)
         raise CalibrationError(problem) from error
 
 

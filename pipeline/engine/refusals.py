@@ -116,7 +116,7 @@ def check_room(plan: Plan, output: Store, paths: Sequence[str]) -> None:
     if needed > free:
         raise BudgetError(
             Problem(
-                what=f"the disk has {format_bytes(free)} free, but the merge writes {format_bytes(needed)}",
+                what=f"the disk has {format_bytes(free)} free, but the merge needs {format_bytes(needed)}",
                 where=f"output {output.location()}",
                 remedy=f"free {format_bytes(needed - free)}, or choose another place",
             )

@@ -18,8 +18,10 @@ import torch
 _BLOCK = 1 << 14
 # Partial sums made in one step: their float64 copies of 16 MiB stay small beside any large matrix.
 _BLOCKS_AT_ONCE = 128
-# The true residual must fall by this much between two claims of convergence, or rounding is all that is left.
+# The true residual must fall by this much between two restarts, or rounding is all that is left.
 _PROGRESS = 0.5
+# Where the recurrence's residual is farther from the true one than this share of itself, it tells nothing any more.
+_LOST = 0.5
 # A curvature below zero by more than this share of the largest seen is no rounding: C is indefinite.
 _LARGEST_NEGATIVE = 1e-3
 
@@ -41,7 +43,7 @@ class CgState:
         rho: ‖r‖².
         size: max(‖b‖, ‖r₀‖), what residuals are relative to.
         largest: The largest pᵀCp / pᵀp seen.
-        claimed: The true residual norm at the last claim of convergence; infinite before the first.
+        claimed: The true residual norm at the last restart; infinite before the first.
     """
 
     x_IO: torch.Tensor
@@ -95,7 +97,7 @@ def conjugate_gradient(
         start_IO: The first iterate, of the same dtype; not changed.
         iterations: Most steps.
         tolerance: Largest relative residual, positive.
-        refresh: Steps after which the residual is computed from x again.
+        refresh: Steps after which the residual is compared with that of x, and the iteration begun anew if it is lost.
         state: Where an earlier solve of this system was; the start is not looked at then.
         save: Called after every step with the state, whose tensors the next step overwrites: copy or write them.
 
@@ -119,8 +121,8 @@ def conjugate_gradient(
         if stopped:
             break
         following = run.step(current, refresh)
-        if following is None:
-            stopped = NULL_DIRECTION
+        if isinstance(following, str):
+            stopped = following
             break
         current = following
         if save is not None:
@@ -186,17 +188,24 @@ class _Run:
             return state, CONVERGED
         r_IO = self.residual(state.x_IO)
         rho = _finite(dot(r_IO, r_IO))
-        norm = math.sqrt(rho)
-        if norm <= limit:
+        if math.sqrt(rho) <= limit:
             return state, CONVERGED
+        again = self._restarted(state, r_IO, rho, iterations=state.iterations, largest=state.largest)
+        return (state, again) if isinstance(again, str) else (again, "")
+
+    def _restarted(
+        self, state: CgState, r_IO: torch.Tensor, rho: float, *, iterations: int, largest: float
+    ) -> CgState | str:
+        """Return the state that begins anew at the true residual, or why to stop: it no longer falls."""
+        norm = math.sqrt(rho)
         if norm > _PROGRESS * state.claimed:
-            return state, ROUNDING
+            return ROUNDING
         state.r_IO.copy_(r_IO)
         state.p_IO.copy_(r_IO)
-        return _with(state, iterations=state.iterations, rho=rho, largest=state.largest, claimed=norm), ""
+        return _with(state, iterations=iterations, rho=rho, largest=largest, claimed=norm)
 
-    def step(self, state: CgState, refresh: int) -> CgState | None:
-        """Return the state after one more step, its tensors overwritten, or None if C does not see the direction."""
+    def step(self, state: CgState, refresh: int) -> CgState | str:
+        """Return the state after one more step, its tensors overwritten, or why there is none."""
         x_IO, r_IO, p_IO = state.x_IO, state.r_IO, state.p_IO
         product_IO = self._apply(p_IO)
         curvature, length = _finite(dot(p_IO, product_IO)), dot(p_IO, p_IO)
@@ -205,15 +214,19 @@ class _Run:
             raise ValueError(f"a direction has {share:.2g} times the largest curvature; moments have none below zero")
         # Below this the products of the dtype cannot tell the curvature from zero.
         if curvature <= torch.finfo(p_IO.dtype).eps * state.largest * length or curvature <= 0.0:
-            return None
+            return NULL_DIRECTION
         largest = max(state.largest, curvature / length)
         x_IO.add_(p_IO, alpha=state.rho / curvature)
-        if (state.iterations + 1) % refresh:
-            r_IO.sub_(product_IO, alpha=state.rho / curvature)
-        else:
-            del product_IO
-            r_IO.copy_(self.residual(x_IO))
+        r_IO.sub_(product_IO, alpha=state.rho / curvature)
+        del product_IO
         rho = _finite(dot(r_IO, r_IO))
+        if (state.iterations + 1) % refresh == 0:
+            true_IO = self.residual(x_IO)
+            true = _finite(dot(true_IO, true_IO))
+            # Directions are conjugate by the recurrence: another residual beside them lets the iterate grow without
+            # bound. Where it has lost the true one, both begin anew.
+            if true - 2.0 * dot(true_IO, r_IO) + rho > _LOST**2 * rho:
+                return self._restarted(state, true_IO, true, iterations=state.iterations + 1, largest=largest)
         p_IO.mul_(rho / state.rho).add_(r_IO)
         return _with(state, iterations=state.iterations + 1, rho=rho, largest=largest, claimed=state.claimed)
 

@@ -155,7 +155,7 @@ def test_a_solve_resumed_from_any_step_has_the_same_bits(dtype: torch.dtype, ref
         assert all(torch.equal(shifted[name], getattr(state, name)) for name in shifted)  # left as they were
 
 
-def test_the_residual_is_made_anew_from_the_iterate_at_times() -> None:
+def test_the_residual_is_compared_with_that_of_the_iterate_at_times() -> None:
     moment, (x, start) = grams(20, 1, 30, 40)[0], matrices(21, 2, 30, 2)
     seen: list[torch.Tensor] = []
 
@@ -172,8 +172,12 @@ def test_the_residual_is_made_anew_from_the_iterate_at_times() -> None:
     conjugate_gradient(apply, rhs, start, iterations=10, tolerance=1e-12, refresh=4, save=keep)
     # The first residual, ten steps, two refreshes, the last residual.
     assert len(seen) == 1 + 10 + 2 + 1
-    for step, state in iterates.items():
-        assert torch.equal(state.r_IO, -(moment @ state.x_IO) + rhs) == (step in (4, 8))
+    # Of the iterates, those after four and eight steps were looked at.
+    assert [any(torch.equal(state.x_IO, values) for values in seen) for state in iterates.values()] == [
+        step in (4, 8, 10) for step in iterates
+    ]
+    for state in iterates.values():
+        assert relative_error(state.r_IO, rhs - moment @ state.x_IO) < 1e-6
 
 
 def unaligned(values: torch.Tensor) -> torch.Tensor:
@@ -274,3 +278,29 @@ def test_what_is_no_system_is_refused() -> None:
         solve(eye * float("nan"), x, 2 * x)
     with pytest.raises(ValueError, match="not finite"):
         solve(eye, x * float("inf"), torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_iterations_beyond_what_the_dtype_resolves_do_no_harm(condition: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    size = 64
+    turn, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    spectrum = condition ** -torch.linspace(0, 1, size, dtype=torch.float64)
+    matrix = ((turn * spectrum) @ turn.T).float()
+    matrix = (matrix + matrix.T) / 2
+    rhs = matrix @ torch.randn(size, 16, generator=generator)
+    exact = torch.linalg.solve(matrix.double(), rhs.double())
+
+    def solved(iterations: int) -> CgSolution:
+        return conjugate_gradient(
+            lambda x: matrix @ x, rhs, torch.zeros_like(rhs), iterations=iterations, tolerance=1e-7
+        )
+
+    def error(found: CgSolution) -> float:
+        return float((found.x_IO - exact).norm() / exact.norm())
+
+    some, many = solved(300), solved(3000)
+    assert many.stopped == "rounding"
+    assert many.relative_residual < 1e-6
+    assert error(many) <= 1.01 * error(some)
