@@ -61,6 +61,6 @@ def test_files_are_written_where_early_write_back_is_not_to_be_had(
 
     monkeypatch.setattr(local_writer, "_WRITE_BACK_BYTES", 1)
     for function in (refused, None):
-        monkeypatch.setattr(page_cache, "_function", lambda *_, found=function: found)
+        monkeypatch.setattr(page_cache, "system_function", lambda *_, found=function, **__: found)
         LocalStore(tmp_path).write("a", b"whole")
         assert (tmp_path / "a").read_bytes() == b"whole"
