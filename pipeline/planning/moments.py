@@ -92,6 +92,8 @@ def plan_moments(
     """
     merged = [aligned.name for aligned in tensors if aligned.merged]
     averaged = matched(request.average, merged)
+    if strangers := tuple(_strangers(request, merged, sources)):
+        raise CheckpointError(*strangers)
     faults = _Faults()
     systems = []
     for aligned, stands in zip(tensors, shared, strict=True):
@@ -220,6 +222,24 @@ def _owners(request: Request, sources: Sources) -> Iterator[_Owner]:
         if number is not None:
             name = without_credentials(sources.names[index])
             yield _Owner(name=name, number=number, opened=sources.statistics[number])
+
+
+def _strangers(request: Request, names: Sequence[str], sources: Sources) -> Iterator[Problem]:
+    """Yield statistics that hold nothing that is asked for of any tensor: of another kind, or of another family."""
+    kinds = KINDS[request.objective]
+    for owner in _owners(request, sources):
+        if not kinds or any(_entries(owner, kinds, name) for name in names):
+            continue
+        held = {entry.kind for entry in owner.opened.entries.values()}
+        what = f"hold nothing of this model's parameters: they say that they are of {owner.opened.facts.model}"
+        if not held.issuperset(kinds):
+            only = " and ".join(sorted(kind.replace("_", " ") for kind in held))
+            what = f"hold no {_words(request.objective)}" + (f", only {only}" if only else "")
+        yield Problem(
+            what=what,
+            where=f"model {owner.name}, statistics {shown(owner.opened.url)}",
+            remedy="take this model's own, of the objective's kind; `geomerge calibrate` collects them",
+        )
 
 
 def _entries(owner: _Owner, kinds: Sequence[Kind], name: str) -> list[StatisticEntry]:

@@ -138,15 +138,33 @@ def test_statistics_of_another_shape_are_refused(
 
 
 def test_a_long_list_of_missing_statistics_is_cut(family: Family, tmp_path: Path) -> None:
-    first, _ = both("input_gram")
-    of = moments(family, tmp_path, {("input_gram", UP): first["input_gram", UP]}, {}, outside={})
+    first, second = both("input_gram")
+    one = next(name for kind, name in second if name != UP)
+    of = moments(
+        family,
+        tmp_path,
+        {("input_gram", UP): first["input_gram", UP]},
+        {("input_gram", one): second["input_gram", one]},
+        outside={},
+    )
     text = refusal(of.recipe("regmean"), CheckpointError, "more statistics are missing or do not fit")
     assert text.startswith("9 problems:")
 
 
-def test_statistics_of_another_kind_leave_nothing_to_solve(family: Family, tmp_path: Path) -> None:
+def test_statistics_of_another_kind_are_named_as_such(family: Family, tmp_path: Path) -> None:
     of = moments(family, tmp_path, *both("input_gram"), outside=dict.fromkeys(SHAPES, "no gradients"))
-    refusal(of.recipe("fisher"), CheckpointError, "no parameter has diagonal")
+    text = refusal(of.recipe("fisher"), CheckpointError, "statistics0: hold no diagonal, only input gram")
+    assert text.startswith("2 problems:")
+
+
+def test_statistics_of_another_family_are_named_alone(family: Family, tmp_path: Path) -> None:
+    first, second = both("input_gram")
+    strange = {(kind, f"other.{name}"): array for (kind, name), array in second.items()}
+    text = refusal(
+        moments(family, tmp_path, first, strange).recipe("regmean"), CheckpointError, "expert1", "statistics1"
+    )
+    assert "hold nothing of this model's parameters: they say that they are of" in text
+    assert "expert0" not in text
 
 
 def test_a_model_as_statistics_and_statistics_as_a_model_are_refused(family: Family, tmp_path: Path) -> None:
