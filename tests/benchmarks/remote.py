@@ -39,6 +39,8 @@ _Figures = dict[str, float]
 
 def main() -> None:
     """Parse the arguments, measure, print a table."""
+    # As in `tests.benchmarks.__main__`: what is timed is compiled once.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.remote", description=__doc__)
     parser.add_argument("--size", default="100M", choices=list(SHAPES))
     parser.add_argument("--models", type=int, default=4)
