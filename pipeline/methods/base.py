@@ -135,6 +135,7 @@ def off_diagonal_parameter() -> Parameter:
         kind="number",
         default=1.0,
         per_model=False,
+        bounds=(0.0, 1.0),
         constant=True,
         description="Factor from 0 to 1 on what lies off the diagonal of every moment.",
     )
@@ -175,14 +176,6 @@ def bounded_weights(recipe: Recipe, schema: MethodSchema, most: float) -> tuple[
     return weights
 
 
-def document_number(recipe: Recipe, schema: MethodSchema, name: str, *, least: float, most: float) -> float:
-    """Return a number that the document sets for all models.
-
-    Raises:
-        RecipeError: It does not lie between the bounds.
-    """
-    value = float(resolve(recipe, schema, name, model=None, tensor="", layer=None, layers=0))
-    if not least <= value <= most:
-        what = f"`parameters.{name}` must lie between {least:g} and {most:g}, not be {value:g}"
-        raise RecipeError(Problem(what=what, remedy=f"the default is {schema.parameter(name).default}"))
-    return value
+def document_number(recipe: Recipe, schema: MethodSchema, name: str) -> float:
+    """Return a number that the document sets for all models."""
+    return float(resolve(recipe, schema, name, model=None, tensor="", layer=None, layers=0))

@@ -47,6 +47,7 @@ class Mats:
                 default=1e-5,
                 per_model=False,
                 positive=True,
+                bounds=(1e-300, 1.0),
                 constant=True,
                 description="Relative residual that ends the iterations of a block.",
             ),
@@ -75,8 +76,8 @@ class Mats:
             objective=objective,
             rule="quotient" if objective == "diagonal" else "iterative",
             iterations=int(word("iterations")),
-            tolerance=document_number(recipe, self.schema, "tolerance", least=1e-300, most=1.0),
-            off_diagonal=document_number(recipe, self.schema, "off_diagonal", least=0.0, most=1.0),
+            tolerance=document_number(recipe, self.schema, "tolerance"),
+            off_diagonal=document_number(recipe, self.schema, "off_diagonal"),
         )
 
 

@@ -39,7 +39,7 @@ class RegMean:
 
     def rule(self, recipe: Recipe) -> SystemRule:
         """Return the direct solve of input Grams."""
-        off_diagonal = document_number(recipe, self.schema, "off_diagonal", least=0.0, most=1.0)
+        off_diagonal = document_number(recipe, self.schema, "off_diagonal")
         return SystemRule(objective="gram", rule="direct", off_diagonal=off_diagonal)
 
 

@@ -32,6 +32,7 @@ class UncertaintyGradientMatching:
                 kind="number",
                 default=1e-12,
                 per_model=False,
+                bounds=(0.0, 1e30),
                 constant=True,
                 description="What is added to the base's diagonal.",
             ),
@@ -51,7 +52,7 @@ class UncertaintyGradientMatching:
 
     def rule(self, recipe: Recipe) -> SystemRule:
         """Return the closed form with its prior."""
-        prior = document_number(recipe, self.schema, "prior", least=0.0, most=1e30)
+        prior = document_number(recipe, self.schema, "prior")
         return SystemRule(objective="diagonal", rule="gradient_matching", prior=prior)
 
 

@@ -269,6 +269,9 @@ def _scalar_schema(parameter: Parameter) -> Schema:
         return {"enum": list(parameter.choices)}
     if parameter.kind == "count":
         return {"type": "integer", "minimum": 1}
+    if parameter.bounds is not None:
+        least, most = parameter.bounds
+        return {"anyOf": [{"type": "number", "minimum": least, "maximum": most}, _NUMBER_TEXT]}
     if parameter.positive:
         return {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, _POSITIVE_TEXT]}
     return {"anyOf": [{"type": "number"}, _NUMBER_TEXT]}

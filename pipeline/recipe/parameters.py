@@ -19,6 +19,7 @@ class Parameter:
         default: The value when the recipe gives none; None makes the parameter required, unless it is optional.
         per_model: Whether each model may have its own value; otherwise the document alone may set it.
         positive: Whether numbers must be greater than zero.
+        bounds: The least and the largest number; None without bounds.
         constant: Whether filters and gradients are refused: one value per model. Always so of counts and words.
         optional: Whether the method knows what to do without a value that the recipe does not give.
         choices: The words of a word.
@@ -30,6 +31,7 @@ class Parameter:
     default: float | bool | str | None
     per_model: bool
     positive: bool = False
+    bounds: tuple[float, float] | None = None
     constant: bool = False
     optional: bool = False
     choices: tuple[str, ...] = ()

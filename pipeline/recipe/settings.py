@@ -95,6 +95,10 @@ def _read_scalar(raw: object, parameter: Parameter, path: Path, findings: Findin
         if parameter.positive and value <= 0:
             remedy = "leave the model out to exclude it" if parameter.per_model else ""
             raise RefusalError(f"must be greater than 0, not {describe(raw)}", remedy)
+        if parameter.bounds is not None and not parameter.bounds[0] <= value <= parameter.bounds[1]:
+            least, most = parameter.bounds
+            remedy = "" if parameter.default is None else f"the default is {parameter.default}"
+            raise RefusalError(f"must be from {least:g} to {most:g}, not {describe(raw)}", remedy)
     except RefusalError as error:
         findings.add(path, f"`{path_text(path)}` {error.what}", error.remedy)
         return None

@@ -259,10 +259,10 @@ def test_the_fingerprint_knows_statistics_start_and_treatment(family: Family, tm
 @pytest.mark.parametrize(
     ("method", "keys", "said"),
     [
-        ("regmean", {"parameters": {"off_diagonal": 1.5}}, "must lie between 0 and 1, not be 1.5"),
-        ("mats", {"parameters": {"tolerance": 2}}, "`parameters.tolerance` must lie between"),
+        ("regmean", {"parameters": {"off_diagonal": 1.5}}, ":19: `parameters.off_diagonal` must be from 0 to 1"),
+        ("mats", {"parameters": {"tolerance": 2}}, "`parameters.tolerance` must be from 1e-300 to 1, not 2"),
         ("mats", {"models": [{"weight": 1e-13}, {}]}, "only ratios of weights count"),
-        ("uncertainty_gradient_matching", {"parameters": {"prior": -1}}, "`parameters.prior` must lie between"),
+        ("uncertainty_gradient_matching", {"parameters": {"prior": -1}}, "`parameters.prior` must be from 0 to 1e+30"),
     ],
 )
 def test_parameters_out_of_range(

@@ -50,6 +50,14 @@ MATS = MethodSchema(
         ),
         Parameter(name="iterations", kind="count", default=100, per_model=False, description="Most iterations."),
         Parameter(
+            name="off_diagonal",
+            kind="number",
+            default=1.0,
+            per_model=False,
+            bounds=(0.0, 1.0),
+            description="What is left off the diagonal.",
+        ),
+        Parameter(
             name="data_size", kind="number", default=None, per_model=True, optional=True, description="How much data."
         ),
     ),

@@ -66,6 +66,12 @@ REFUSED = {
         3,
     ),
     "list of words": (_MATS + "parameters: {objective: [gram]}", "must be a single word, not a list", 3),
+    "above its bound": (
+        _MATS + "parameters: {off_diagonal: 1.5}",
+        "`parameters.off_diagonal` must be from 0 to 1, not 1.5 (the default is 1.0)",
+        3,
+    ),
+    "below its bound": (_MATS + "parameters: {off_diagonal: -0.1}", "must be from 0 to 1, not -0.1", 3),
     "half an iteration": (_MATS + "parameters: {iterations: 1.5}", "must be a whole number greater than 0, not 1.5", 3),
     "unknown key": (_LINEAR + "out_dtpye: float32", "unknown key `out_dtpye` (did you mean `out_dtype`?)", 3),
     "unknown key of an entry": (
