@@ -5,7 +5,6 @@ Owns the keys about treatments and systems in plan and report. Legend: N models.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -89,6 +88,11 @@ def system_notes(plan: Plan, records: Sequence[SystemRecord]) -> list[str]:
             f"{len(open_ends)} of {len(records)} systems ended before the tolerance was reached, with relative"
             f" residuals of up to {worst:.1e}: start and iterations are part of the result ({_listed(plan, open_ends)})"
         )
+    silent = [record for record in records if max(record.traces) > 0.0 == min(record.traces)]
+    if silent:
+        rows = {row for record in silent for row, trace in enumerate(record.traces) if trace == 0.0}
+        names = ", ".join(plan.inputs[plan.models[row]].name for row in sorted(rows))
+        notes.append(f"the statistics of {names} are zero everywhere, and so is their say, in {_listed(plan, silent)}")
     lopsided = [record for record in records if _spread(record.traces) > _LOPSIDED]
     if lopsided:
         notes.append(
@@ -99,11 +103,9 @@ def system_notes(plan: Plan, records: Sequence[SystemRecord]) -> list[str]:
 
 
 def _spread(traces: Sequence[float]) -> float:
-    """Return the ratio of the largest trace to the smallest; infinite where one is zero and others are not."""
-    largest, smallest = max(traces, default=0.0), min(traces, default=0.0)
-    if smallest > 0.0:
-        return largest / smallest
-    return math.inf if largest > 0.0 else 1.0
+    """Return the ratio of the largest trace to the smallest that is not zero."""
+    some = [trace for trace in traces if trace > 0.0]
+    return max(some) / min(some) if some else 1.0
 
 
 def _listed(plan: Plan, records: Sequence[SystemRecord]) -> str:

@@ -110,7 +110,7 @@ def record(plan: Plan, **facts: Any) -> SystemRecord:
         ({"null_directions": 4}, "4 directions that no model's statistics see keep the start's values"),
         ({"converged": False, "relative_residual": 0.25}, "with relative residuals of up to 2.5e-01"),
         ({"traces": (1.0, 2000.0)}, "weigh more than 1000 times differently"),
-        ({"traces": (1.0, 0.0)}, "weigh more than 1000 times differently"),
+        ({"traces": (1.0, 0.0)}, "expert1 are zero everywhere, and so is their say, in lm_head.weight"),
         ({"traces": (0.0, 0.0)}, ""),
     ],
 )
