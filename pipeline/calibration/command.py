@@ -29,9 +29,9 @@ from pipeline.calibration.stacks import Stacks, find_stacks
 from pipeline.calibration.whole import run_whole
 from pipeline.checkpoints.statistics import Statistics, open_statistics
 from pipeline.checkpoints.statistics_facts import COMPLETE_FILE, StatisticsFacts
-from pipeline.checkpoints.statistics_writer import StatisticsWriter
+from pipeline.checkpoints.statistics_writer import StatisticsWriter, first_difference
 from pipeline.engine.process import peak_memory_bytes
-from pipeline.errors import CalibrationError, Problem
+from pipeline.errors import CalibrationError, OutputError, Problem
 from pipeline.events import Committed, Listener, Note, ignore
 from pipeline.storage import Store, join_url, open_store, shown_url
 
@@ -213,11 +213,19 @@ def _digest(value: object) -> str:
 
 
 def _finished(output: Store, output_url: str, facts: StatisticsFacts) -> Statistics | None:
-    """Return the statistics that an earlier run has finished of the same; None when there are none, or others."""
+    """Return the statistics that an earlier run has finished of the same; None when there are none.
+
+    Raises:
+        OutputError: There are others.
+    """
     if not output.exists(COMPLETE_FILE):
         return None
     found = open_statistics(output_url)
-    return found if found.facts == facts else None
+    if found.facts != facts:
+        what = f"holds finished statistics of something else: {first_difference(found.facts, facts)}"
+        remedy = "choose another folder for the statistics, or delete this one"
+        raise OutputError(Problem(what=what, where=output.location(), remedy=remedy))
+    return found
 
 
 def _document(found: Statistics, budget: Budget | None, seconds: float) -> dict[str, Any]:

@@ -114,8 +114,8 @@ class _Encoder:
         return example
 
     def _check(self, example: Example, where: str) -> None:
-        if not example.tokens or (self._task == "seq2seq" and not example.targets):
-            raise CalibrationError(Problem(what="has an empty text", where=where, remedy="remove it from the data"))
+        if not example.tokens or not example.unasked or (self._task == "seq2seq" and not example.targets):
+            raise _empty(where)
         if self._task == "causal" and self._settings.wants_gradients and len(example.tokens) <= example.unasked:
             what = "has no token to be predicted"
             raise CalibrationError(Problem(what=what, where=where, remedy="remove it from the data"))
@@ -130,6 +130,9 @@ class _Encoder:
         if TOKENS_FIELD in row and fields[0] not in row:
             return _tokens(row[TOKENS_FIELD], TOKENS_FIELD, where)[: self._most], ()
         texts = [_text(row, field, where) for field in fields]
+        # Tokenizers that put a mark around every text make tokens of nothing too.
+        if not any(text.strip() for text in texts):
+            raise _empty(where)
         encoded = self._encode(*texts, truncation=True, max_length=self._most)
         return tuple(encoded["input_ids"]), tuple(encoded.get("token_type_ids", ()))
 
@@ -183,6 +186,10 @@ def _tokens(value: object, field: str, where: str) -> tuple[int, ...]:
     if not isinstance(value, list) or not all(type(token) is int for token in value):
         raise CalibrationError(Problem(what=f"{field} must be a list of token ids", where=where))
     return tuple(value)
+
+
+def _empty(where: str) -> CalibrationError:
+    return CalibrationError(Problem(what="has an empty text", where=where, remedy="remove it from the data"))
 
 
 def _missing(row: Row, field: str, where: str, option: str) -> CalibrationError:

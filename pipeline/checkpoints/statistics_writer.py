@@ -173,7 +173,7 @@ class StatisticsWriter:
         facts, shared = metadata_facts(header.metadata, where)
         if facts != self._facts:
             raise self._refusal(
-                f"holds unfinished statistics of something else: {_first_difference(facts, self._facts)}"
+                f"holds unfinished statistics of something else: {first_difference(facts, self._facts)}"
             )
         self._files[path] = header.size_bytes
         self._stored.update(tensor.name for tensor in header.tensors if stored_entry(tensor, where))
@@ -217,7 +217,7 @@ def _pieces(view: memoryview, *, triangle: bool) -> Iterator[bytes | memoryview]
     yield bytes(gathered)
 
 
-def _first_difference(found: StatisticsFacts, wanted: StatisticsFacts) -> str:
+def first_difference(found: StatisticsFacts, wanted: StatisticsFacts) -> str:
     """Return which fact differs first, and how."""
     ours: Mapping[str, object] = wanted.to_json()
     for name, value in found.to_json().items():

@@ -75,7 +75,7 @@ def test_other_statistics_do_not_go_into_the_same_folder(options: list[object]) 
     assert run(*options).exit_code == 0
     result = run(*options, "--labels", "exact")
     assert result.exit_code == OutputError.exit_code
-    assert "holds finished statistics" in result.stderr
+    assert "holds finished statistics of something else: labels is 'empirical' there, 'exact' here" in result.stderr
 
 
 def test_a_table_gives_what_its_lines_give(model: Path, options: list[object], tmp_path: Path) -> None:

@@ -89,6 +89,8 @@ def test_no_label_is_asked_for_where_none_is_needed() -> None:
         ({"text": 5, "label": 1}, "classification", "text must be a text, is int"),
         ({"text": "a"}, "seq2seq", "has no field 'target'"),
         ({"input_ids": [], "label": 1}, "classification", "has an empty text"),
+        ({"text": "  ", "label": 1}, "classification", "has an empty text"),
+        ({"text": "", "target": "a"}, "seq2seq", "has an empty text"),
         ({"input_ids": [1, 10], "label": 1}, "classification", "has the token 10; the model knows 10"),
         ({"input_ids": [1, -1], "label": 1}, "classification", "has the token -1"),
         ({"input_ids": "a b", "label": 1}, "classification", "input_ids must be a list of token ids"),
