@@ -6,6 +6,7 @@ Owns recipes and arguments. Runs nothing but a plan, which tells how much memory
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -145,6 +146,8 @@ def kept_bytes(family: Family, recipe: str | None = None) -> int:
 def planned(arguments: tuple[str, ...]) -> dict[str, Any]:
     """Return what `geomerge plan` says; its output folder is never made."""
     command = (sys.executable, "-m", "pipeline", *arguments, arguments[-1] + ".planned", "--json")
+    # The disk is tried as a merge meets it: no earlier program's output is on its way there.
+    os.sync()
     plan: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return plan
 
