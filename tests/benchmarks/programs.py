@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from tests.benchmarks.tuning import Amounts
 _KARCHER_BYTES = 250_000_000
 # What kept chunks take beyond their bytes.
 _KEPT_OVERHEAD = 1.05
+# Seconds without a write before a disk is tried.
+_REST_S = 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,8 +149,10 @@ def kept_bytes(family: Family, recipe: str | None = None) -> int:
 def planned(arguments: tuple[str, ...]) -> dict[str, Any]:
     """Return what `geomerge plan` says; its output folder is never made."""
     command = (sys.executable, "-m", "pipeline", *arguments, arguments[-1] + ".planned", "--json")
-    # The disk is tried as a merge meets it: no earlier program's output is on its way there.
+    # The disk is tried as most merges meet it: rested. Virtual disks take a gigabyte or two at several times the rate
+    # that they keep up, and have just been given several outputs.
     os.sync()
+    time.sleep(_REST_S)
     plan: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return plan
 

@@ -111,23 +111,11 @@ def _all_of(title: str, runs: Mapping[str, Mapping[int, _Run]]) -> Iterator[Rati
     for name, of in ours.items():
         plans = [(run["plan"], run) for run in of.values() if "plan" in run]
         low, high = _PROJECTION
-        values = [projected_s(plan) / measured_s(plan, run) for plan, run in plans]
+        # A plan's phases are those of the whole command, its start included.
+        values = [sum(plan["seconds"].values()) / run["wall_s"] for plan, run in plans]
         yield Ratio(key=f"{title}: {name}, projected / measured seconds", values=values, low=low, high=high)
         bytes_ = [run["peak_bytes"] / plan["memory_bytes"] for plan, run in plans]
         yield Ratio(key=f"{title}: {name}, measured / projected memory", values=bytes_, high=1.0)
-
-
-def projected_s(plan: Mapping[str, Any]) -> float:
-    """Return a plan's seconds: its total if it has one, or the sum of its phases."""
-    seconds: Mapping[str, float] = plan["seconds"]
-    return seconds.get("total", sum(seconds.values()))
-
-
-def measured_s(plan: Mapping[str, Any], run: _Run) -> float:
-    """Return what a plan's seconds speak of: the whole command, or the phases that it names."""
-    if "total" in plan["seconds"]:
-        return float(run["wall_s"])
-    return float(sum(seconds for phase, seconds in run["seconds"].items() if phase in plan["seconds"]))
 
 
 def _ray(section: Mapping[str, Any]) -> Iterator[Ratio]:
