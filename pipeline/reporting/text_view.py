@@ -5,6 +5,7 @@ Owns the wording on standard output. Must not print: it returns lines and tables
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 _ROWS = 12
 # Models in the table of results before the rest is counted.
 _TABLE_ROWS = 40
+# The number of a layer in a tensor's name.
+_LAYER = re.compile(r"\.\d+(?=\.|$)")
 
 
 def report_view(report: Mapping[str, Any], output: str) -> Iterator[str | Table]:
@@ -107,7 +110,7 @@ def _treatments(summary: Mapping[str, Any]) -> Iterator[str]:
     for kind, entry in summary["treatments"].items():
         if entry["tensors"]:
             # Of what is solved the names would be most of the model.
-            names = "" if kind == "solved" else f": {_listed(entry['names'])}"
+            names = "" if kind == "solved" else f": {_listed(layer_patterns(entry['names']))}"
             yield f"{kind:8} {counted(entry['tensors'], 'tensor')}, {entry['elements']:,} elements{names}"
 
 
@@ -207,6 +210,14 @@ def _sized(sizes: Sequence[int]) -> str:
     """Return how many files there are and how large: "2 files of 5 GB", "3 files of 1.2 MB to 5 GB"."""
     least, most = (format_bytes(size) for size in (min(sizes), max(sizes)))
     return f"{counted(len(sizes), 'file')} of {least}" + (f" to {most}" if most != least else "")
+
+
+def layer_patterns(names: Sequence[str]) -> list[str]:
+    """Return names with a star for the number of their layer, and how many each is short for."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(_LAYER.sub(".*", name), []).append(name)
+    return [same[0] if len(same) == 1 else f"{pattern} ({len(same)})" for pattern, same in found.items()]
 
 
 def _listed(items: Sequence[str]) -> str:

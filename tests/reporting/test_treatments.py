@@ -16,7 +16,7 @@ from pipeline.engine.system_records import SystemRecord
 from pipeline.merging import Resources, load_recipe, merge, plan_merge
 from pipeline.planning.plan import Plan
 from pipeline.reporting.plan_view import plan_summary
-from pipeline.reporting.text_view import plan_view, report_view
+from pipeline.reporting.text_view import layer_patterns, plan_view, report_view
 from pipeline.reporting.treatments import system_notes
 from pipeline.storage import open_store
 from tests.planning.plans import plan_of
@@ -96,6 +96,12 @@ def test_people_read_the_same(report: dict[str, Any], recipe: Path) -> None:
     assert "5 tensors are solutions of linear systems with kfac moments" in card
     assert "at most 3 conjugate gradient steps from task_arithmetic; 3 averaged" in card
     assert f"| {report['models'][1]['model']} | 3 |" in card
+
+
+def test_names_that_differ_by_their_layer_are_one_line() -> None:
+    names = [f"model.layers.{layer}.norm.weight" for layer in (0, 1, 20)]
+    found = layer_patterns(["model.norm.weight", *names, "head.0.bias"])
+    assert found == ["model.norm.weight", "model.layers.*.norm.weight (3)", "head.0.bias"]
 
 
 def record(plan: Plan, **facts: Any) -> SystemRecord:
