@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TextIO
 import click
 
 from pipeline import __version__, cli_options, signals
-from pipeline.errors import PipelineError, Problem
+from pipeline.errors import PipelineError, Problem, WorkerError
 from pipeline.events import Event, Listener
 
 # Every option of the command line; a test compares them with what click knows, so that none is added by accident.
@@ -26,6 +26,10 @@ OPTIONS = (
     *("--statistics", "--labels", "--task", "--examples", "--max-length", "--batch", "--reduction", "--seed"),
     *("--text-field", "--label-field", "--scratch"),
 )
+
+
+# What Python says when the system starts no thread.
+_NO_THREAD = "can't start new thread"
 
 
 class _Main(click.Group):
@@ -305,6 +309,22 @@ def _run(
         if code is None:
             raise
         _fail(_stopped(resumes), code, stream, as_lines, prefix="")
+    except (MemoryError, RuntimeError) as error:
+        refused = _refused(error)
+        if refused is None:
+            raise
+        _fail(refused, refused.exit_code, stream, as_lines)
+
+
+def _refused(error: Exception) -> WorkerError | None:
+    """Return the error for what the system would not give this process; None for anything else."""
+    if isinstance(error, MemoryError):
+        what, remedy = "memory", "a smaller --memory, or a higher ulimit -v"
+    elif str(error) == _NO_THREAD:
+        what, remedy = "another thread", "a higher ulimit -u, ulimit -v, or limit of the container's processes"
+    else:
+        return None
+    return WorkerError(Problem(what=f"the system refuses this process {what}", remedy=f"{remedy}; then run again"))
 
 
 def _stopped(resumes: bool) -> PipelineError:

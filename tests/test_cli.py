@@ -353,6 +353,27 @@ def test_an_interruption_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> N
     assert result.stderr == "stopped; the same command resumes\n"
 
 
+@pytest.mark.parametrize(
+    ("raised", "words"),
+    [
+        (MemoryError(), "error: the system refuses this process memory (a smaller --memory"),
+        (RuntimeError("can't start new thread"), "error: the system refuses this process another thread (a higher"),
+    ],
+)
+def test_what_the_system_refuses_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, words: str
+) -> None:
+    def fail(_: object) -> dict[str, Any]:
+        raise raised
+
+    monkeypatch.setattr(status_module, "status", fail)
+    result = run("status", "/nowhere")
+    assert (result.exit_code, result.stdout) == (WorkerError.exit_code, "")
+    assert result.stderr.startswith(words)
+    monkeypatch.setattr(status_module, "status", lambda _: [][1])
+    assert isinstance(run("status", "/nowhere").exception, IndexError)
+
+
 @pytest.mark.parametrize(("raised", "code"), [(15, 143), (143, 143), (3, 3), (None, 0)])
 def test_an_exit_by_sigterm_is_told_from_others(monkeypatch: pytest.MonkeyPatch, raised: int | None, code: int) -> None:
     """Ray's own handler of SIGTERM exits with the signal's number."""

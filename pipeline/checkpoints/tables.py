@@ -139,7 +139,7 @@ def read_table(store: Store, path: str) -> dict[str, list[Any]]:
         VerificationError: It is no readable Parquet file.
     """
     with _Reading(store, path) as file:
-        columns: dict[str, list[Any]] = file.read().to_pydict()
+        columns: dict[str, list[Any]] = file.read(use_threads=False).to_pydict()
     return columns
 
 
@@ -160,7 +160,7 @@ def read_arrays(store: Store, path: str, columns: Sequence[str]) -> Iterator[dic
     """
     with _Reading(store, path) as file:
         for group in range(file.num_row_groups):
-            table = file.read_row_group(group, columns=list(columns)).combine_chunks()
+            table = file.read_row_group(group, columns=list(columns), use_threads=False).combine_chunks()
             if table.num_rows:
                 yield {name: _arrays(table[name].chunk(0)) for name in columns}
 
@@ -181,7 +181,7 @@ def read_first_rows(store: Store, path: str, limit: int) -> Iterator[dict[str, A
         for group in range(file.num_row_groups):
             if limit <= 0:
                 return
-            rows = file.read_row_group(group).slice(0, limit).to_pylist()
+            rows = file.read_row_group(group, use_threads=False).slice(0, limit).to_pylist()
             limit -= len(rows)
             yield from rows
 
